@@ -1,0 +1,66 @@
+"""KVCache: the keys and values of every layer, and the length of every row. State, passed in as an argument.
+
+Knows neither tokens nor weights. Each layer owns its tensors [B, H_kv, S + 1, D] (never one stacked tensor: the
+compiler would copy it whole); the last slot is spare: padding and idle rows write there and nobody reads it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptfast.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, each [B, H_kv, S + 1, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """`lengths` [B] int64 counts the tokens known of each row: its whole prompt, then one more with every token."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: Tensor
+
+    @staticmethod
+    def allocate(
+        config: ModelConfig,
+        num_rows: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> "KVCache":
+        """Zeros (a masked NaN would still poison a sum), at addresses that never change."""
+        shape = (num_rows, config.num_kv_heads, max_seq_len + 1, config.head_dim)
+
+        def slots() -> Tensor:
+            tensor = torch.zeros(shape, dtype=dtype, device=device)
+            torch._dynamo.mark_static_address(tensor)
+            return tensor
+
+        layers = tuple(LayerCache(slots(), slots()) for _ in range(config.num_layers))
+        return KVCache(layers, torch.zeros(num_rows, dtype=torch.int64, device=device))
+
+    @property
+    def num_rows(self) -> int:
+        return self.lengths.size(0)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that a row can hold; also the index of the spare slot."""
+        return self.layers[0].keys.size(2) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    def row(self, index: int) -> "KVCache":
+        """A cache of one row that shares this one's memory."""
+        part = slice(index, index + 1)
+        layers = tuple(LayerCache(layer.keys[part], layer.values[part]) for layer in self.layers)
+        return KVCache(layers, self.lengths[part])

@@ -1,0 +1,69 @@
+"""From what a user calls a model to a folder on this machine: a bundled name, a folder, or a Hugging Face id."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+BUNDLED = {
+    name: Path(__file__).parent / "storyteller" / name
+    for name in ("storyteller", "storyteller-draft")
+}
+DEFAULT_MODEL = "storyteller"
+NEEDED_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "merges.txt"]
+# Other formats and copies of the same weights live in subfolders and under these names.
+UNNEEDED_FILES = ["*/*", "consolidated*"]
+
+
+def find_model(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of `model`, downloaded first where it is a hub id (only the files needed; the cache is honoured)."""
+    if str(model) in BUNDLED:
+        return BUNDLED[str(model)]
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; a model is a folder with a config.json, or a hub id")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+        raise ValueError(
+            f"no model at {str(model)!r}: there is no such folder, and it is not a hub id (owner/name)"
+        )
+    return _download(str(model), revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        path = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=NEEDED_FILES,
+            ignore_patterns=UNNEEDED_FILES,
+        )
+    except GatedRepoError:
+        raise ValueError(
+            f"hub model {model!r} is gated: accept its licence on its page, then `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"no model {model!r}: there is no such folder, and the hub knows no such id (or it is private)"
+        ) from None
+    except RevisionNotFoundError:
+        raise ValueError(f"hub model {model!r} has no revision {revision!r}") from None
+    except HFValidationError as error:
+        raise ValueError(f"no model {model!r}: there is no such folder, and {error}") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"no model {model!r}: there is no such folder here, it is not in the local cache, and the hub "
+            f"could not be reached ({reason[:160]})"
+        ) from None
+    return Path(path)
