@@ -1,7 +1,9 @@
-"""KVCache: the keys and values of every layer, and the length of every row. State, passed in as an argument.
+"""KVCache: the keys and values of every layer, and the length of every row. State, passed in as an
+argument.
 
-Knows neither tokens nor weights. Each layer owns its tensors [B, H_kv, S + 1, D] (never one stacked tensor: the
-compiler would copy it whole); the last slot is spare: padding and idle rows write there and nobody reads it.
+Knows neither tokens nor weights. Each layer owns its tensors [B, H_kv, S + 1, D] (never one stacked
+tensor: the compiler would copy it whole); the last slot is spare: padding and idle rows write there
+and nobody reads it.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class KVCache:
-    """`lengths` [B] int64 counts the tokens known of each row: its whole prompt, then one more with every token."""
+    """`lengths` [B] int64 counts the tokens known of each row: its whole prompt, then one more with
+    every token.
+    """
 
     layers: tuple[LayerCache, ...]
     lengths: Tensor

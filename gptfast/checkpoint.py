@@ -1,12 +1,15 @@
-"""A Hugging Face folder in, a Transformer out. Our parameters pull their tensors; files do not push.
+"""A Hugging Face folder in, a Transformer out. Our parameters pull their tensors; files do not
+push.
 
-Names and shapes are checked against the facts before anything large is allocated. Each parameter is allocated once, in
-its final dtype and place, and filled from the mapped file, so the peak is the weights themselves.
+Names and shapes are checked against the facts before anything large is allocated. Each parameter is
+allocated once, in its final dtype and place, and filled from the mapped file, so the peak is the
+weights themselves.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from gptfast.config import ModelConfig
 from gptfast.device import check_fits, parse_dtype
 from gptfast.families import Family, find_family, model_config
 from gptfast.model import Transformer, fused_rows
+from quantize.formats import pack_linears
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -43,40 +47,68 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return model_config(raw, read_json(generation) if generation.is_file() else None), raw
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has been checked: its facts, and for each of our parameters the tensors it
+    comes from.
+    """
+
+    folder: Path
+    config: ModelConfig
+    family: Family
+    dtype: torch.dtype
+    tensors: "TensorFiles"
+    sources: dict[str, tuple[str, ...]]
+
+
+def inspect(folder: Path) -> Checkpoint:
+    """Reads the facts, names, shapes and dtypes of a folder, and no weights.
+
+    ValueError names what is missing, extra, misshapen or truncated.
+    """
+    config, raw = read_config(folder)
+    family, tensors = find_family(raw), TensorFiles(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    sources = _match(model, family, tensors)
+    return Checkpoint(folder, config, family, _stored_dtype(raw, tensors), tensors, sources)
+
+
 def load(
     folder: Path,
     dtype: str | torch.dtype = "auto",
     device: torch.device | str = "cpu",
     progress: Progress = iter,
 ) -> Transformer:
-    """The model of a folder, in `dtype` ("auto": what config.json says, else that of the file) on `device`.
+    """The model of a folder, in `dtype` ("auto": what config.json says, else that of the file).
 
-    `progress` may wrap the sequence of parameters (tqdm does). ValueError names what is missing, extra, misshapen or
-    truncated; MemoryError says how much was needed.
+    `progress` may wrap the sequence of parameters (tqdm does). ValueError as `inspect`; MemoryError
+    says how much was needed.
     """
-    config, raw = read_config(folder)
-    tensors = TensorFiles(folder)
-    with torch.device("meta"):
-        model = Transformer(config)
-    sources = _match(model, find_family(raw), tensors)
-    chosen = parse_dtype(dtype) or _checkpoint_dtype(raw, tensors)
-    device = torch.device(device)
+    source, device = inspect(folder), torch.device(device)
+    chosen = parse_dtype(dtype) or source.dtype
     check_fits(
-        config.num_parameters * chosen.itemsize,
+        source.config.num_parameters * chosen.itemsize,
         device,
-        f"{folder.name}: {config.num_parameters:,} weights in {chosen}",
+        f"{folder.name}: {source.config.num_parameters:,} weights in {chosen}",
         "use a smaller dtype or model",
     )
+    with torch.device("meta"):
+        model = Transformer(source.config)
     for name, parameter in progress(list(model.named_parameters())):
         tensor = torch.empty(parameter.shape, dtype=chosen, device=device)
-        tensors.read_into(tensor, sources[name], transposed=find_family(raw).is_transposed(name))
+        transposed = source.family.is_transposed(name)
+        source.tensors.read_into(tensor, source.sources[name], transposed)
         _replace_parameter(model, name, tensor)
     model.tie_head()
+    pack_linears(model)
     return model.to(device).eval()
 
 
 class TensorFiles:
-    """The safetensors of a folder: names, shapes and dtypes at once, numbers on demand from mapped pages."""
+    """The safetensors of a folder: names, shapes and dtypes at once, numbers on demand from mapped
+    pages.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -142,8 +174,8 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: not a complete safetensors file ({error}; {path.stat().st_size:,} bytes found); "
-            "download or copy it again"
+            f"{path}: not a complete safetensors file ({error}; "
+            f"{path.stat().st_size:,} bytes found); download or copy it again"
         ) from None
 
 
@@ -159,7 +191,9 @@ def _check_index(folder: Path, file_of: dict[str, Path]) -> None:
 
 
 def _match(model: Transformer, family: Family, tensors: TensorFiles) -> dict[str, tuple[str, ...]]:
-    """Our parameter -> names of its tensors in the files; ValueError for anything missing, extra or misshapen."""
+    """Our parameter -> names of its tensors in the files; ValueError for anything missing, extra or
+    misshapen.
+    """
     ours = dict(model.named_parameters())
     sources = {name: family.source(name) for name in ours}
     wanted = {source for names in sources.values() for source in names}
@@ -181,8 +215,8 @@ def _match(model: Transformer, family: Family, tensors: TensorFiles) -> dict[str
     )
     if extra:
         raise ValueError(
-            f"{tensors.folder}: tensors that a {model.config.model_type!r} model with this config.json has no "
-            f"place for: {_some(extra)}"
+            f"{tensors.folder}: tensors that a {model.config.model_type!r} model with this "
+            f"config.json has no place for: {_some(extra)}"
         )
     for name, parameter in ours.items():
         _check_shapes(model.config, name, tuple(parameter.shape), sources, family, tensors, prefix)
@@ -207,16 +241,17 @@ def _check_shapes(
         found = tensors.shape(prefix + source)
         if found != needed:
             raise ValueError(
-                f"{tensors.folder}: {source} has shape {list(found)}; config.json needs {list(needed)}"
+                f"{tensors.folder}: {source} has shape {list(found)}; "
+                f"config.json needs {list(needed)}"
             )
         if tensors.dtype(prefix + source) not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(
-                f"{tensors.folder}: {source} is stored as {tensors.dtype(prefix + source)}; only float "
-                "weights (F32, F16, BF16) are read"
+                f"{tensors.folder}: {source} is stored as {tensors.dtype(prefix + source)}; "
+                "only float weights (F32, F16, BF16) are read"
             )
 
 
-def _checkpoint_dtype(raw: dict[str, Any], tensors: TensorFiles) -> torch.dtype:
+def _stored_dtype(raw: dict[str, Any], tensors: TensorFiles) -> torch.dtype:
     named = raw.get("torch_dtype") or raw.get("dtype")
     if named in ("float32", "float16", "bfloat16"):
         return getattr(torch, named)

@@ -1,6 +1,7 @@
 """ModelConfig: the frozen facts of one architecture, and the check that they fit together.
 
-Knows no model family, no file and no tensor. Families fill it in (families.py), the decoder reads it (model.py).
+Knows no model family, no file and no tensor. Families fill it in (families.py), the decoder reads
+it (model.py).
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions (RoFormer, 2104.09864) and how their frequencies stretch beyond the trained context.
+    """Rotary positions (RoFormer, 2104.09864) and how their frequencies stretch beyond the trained
+    context.
 
-    `scaling` names the rule: "linear" (positions divided by `factor`), "dynamic" (NTK-aware: the base grows with
-    the row's length beyond `original_max_seq_len`), "llama3" (Llama 3.1: long wavelengths divided, short kept) and
-    "yarn" (2309.00071; `attention_factor` multiplies cos and sin).
+    `scaling` names the rule: "linear" (positions divided by `factor`), "dynamic" (NTK-aware: the
+    base grows with the row's length beyond `original_max_seq_len`), "llama3" (Llama 3.1: long
+    wavelengths divided, short kept) and "yarn" (2309.00071; `attention_factor` multiplies cos and
+    sin).
     """
 
     theta: float = 10000.0
@@ -45,7 +48,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a decoder computes. Sizes are counts of elements; `rope` None means learned positions."""
+    """What a decoder computes. Sizes count elements; `rope` None means learned positions."""
 
     model_type: str
     vocab_size: int
@@ -77,8 +80,8 @@ class ModelConfig:
                 raise ValueError(f"{name} is {value!r}; a positive whole number is needed")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value heads: "
-                "the first must be a multiple of the second"
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value "
+                "heads: the first must be a multiple of the second"
             )
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head size, found {self.head_dim}")
@@ -99,5 +102,7 @@ class ModelConfig:
         return embeddings + positions + self.num_layers * (attention + mlp + 2 * norm) + norm
 
     def cache_bytes_per_token(self, element_size: int) -> int:
-        """Bytes of keys and values that one token of one row occupies, at `element_size` bytes a number."""
+        """Bytes of keys and values that one token of one row occupies, at `element_size` bytes a
+        number.
+        """
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size

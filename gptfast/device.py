@@ -40,7 +40,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ValueError(
-            f"device {str(device)!r} is not there: this torch sees {found} CUDA devices; use --device cpu"
+            f"device {str(device)!r} is not there: this torch sees {found} CUDA devices; use cpu"
         )
     return parsed
 
@@ -58,7 +58,8 @@ def check_fits(num_bytes: int, device: torch.device, what: str, remedy: str) -> 
     free = free_memory(device)
     if free is not None and num_bytes > free:
         raise MemoryError(
-            f"{what} needs {format_bytes(num_bytes)}, and {format_bytes(free)} are free on {device}; {remedy}"
+            f"{what} needs {format_bytes(num_bytes)}, and {format_bytes(free)} are free on "
+            f"{device}; {remedy}"
         )
 
 

@@ -1,7 +1,9 @@
-"""FAMILIES: model_type -> how a Hugging Face config.json becomes facts, and where our weights find theirs.
+"""FAMILIES: model_type -> how a Hugging Face config.json becomes facts, and where our weights find
+theirs.
 
-A family is one dict literal and one entry in tests/test_families.py. Nothing is guessed: an unknown model_type, or a
-key whose value would change the mathematics and is not supported, is a ValueError that names it.
+A family is one dict literal and one entry in tests/test_families.py. Nothing is guessed: an unknown
+model_type, or a key whose value would change the mathematics and is not supported, is a ValueError
+that names it.
 """
 
 import math
@@ -18,9 +20,10 @@ Fact = Callable[[Raw], Any]
 
 @dataclass(frozen=True)
 class Family:
-    """`facts`: ModelConfig field -> reader of config.json. `requires`: key -> the values under which those facts are
-    the whole truth. `names`: our parameter -> their tensors, stacked along the rows. `transposed`: ours whose source is
-    stored [in, out]. `prefixes` may stand before every one of their names; `ignored` matches tensors that carry nothing.
+    """`facts`: ModelConfig field -> reader of config.json. `requires`: key -> the values under
+    which those facts are the whole truth. `names`: our parameter -> their tensors, stacked along
+    the rows. `transposed`: ours whose source is stored [in, out]. `prefixes` may stand before every
+    one of their names; `ignored` matches tensors that carry nothing.
     """
 
     examples: str
@@ -47,14 +50,16 @@ class Family:
 
 
 def model_config(raw: Raw, generation: Raw | None = None) -> ModelConfig:
-    """The facts in a parsed config.json; stop tokens of generation_config.json win where it names any."""
+    """The facts in a parsed config.json; stop tokens of generation_config.json win where it names
+    any.
+    """
     family = find_family(raw)
     for key, values in family.requires.items():
         if key in raw and raw[key] not in values:
             supported = ", ".join(repr(value) for value in values)
             raise ValueError(
-                f"config.json: {key} = {raw[key]!r} changes what a {raw['model_type']!r} model computes and is "
-                f"not supported (supported: {supported})"
+                f"config.json: {key} = {raw[key]!r} changes what a {raw['model_type']!r} model "
+                f"computes and is not supported (supported: {supported})"
             )
     try:
         facts = {name: fact(raw) for name, fact in family.facts.items()}
@@ -132,7 +137,8 @@ def _activation(key: str, default: str) -> Fact:
         name = raw.get(key, default)
         if name not in ACTIVATION_NAMES:
             raise ValueError(
-                f"config.json: {key} = {name!r} is not supported (supported: {', '.join(ACTIVATION_NAMES)})"
+                f"config.json: {key} = {name!r} is not supported "
+                f"(supported: {', '.join(ACTIVATION_NAMES)})"
             )
         return ACTIVATION_NAMES[name]
 
@@ -140,7 +146,9 @@ def _activation(key: str, default: str) -> Fact:
 
 
 def _rope_parameters(raw: Raw) -> dict[str, Any]:
-    """`rope_theta` + `rope_scaling` (until transformers 4) and `rope_parameters` (since 5), as one dict."""
+    """`rope_theta` + `rope_scaling` (until transformers 4) and `rope_parameters` (since 5), as one
+    dict.
+    """
     scaling = raw.get("rope_scaling") or {}
     merged = {"rope_theta": raw.get("rope_theta"), **scaling, **(raw.get("rope_parameters") or {})}
     # Before transformers 4.45 the rule's name stood under "type".
@@ -159,7 +167,8 @@ def _rope(raw: Raw) -> RopeConfig:
         return RopeConfig(theta)
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise ValueError(
-            f"config.json: rope scaling {kind!r} is not supported (supported: linear, dynamic, llama3, yarn)"
+            f"config.json: rope scaling {kind!r} is not supported "
+            "(supported: linear, dynamic, llama3, yarn)"
         )
     factor, trained = rope.get("factor"), raw["max_position_embeddings"]
     original = rope.get("original_max_position_embeddings") or trained
@@ -199,7 +208,9 @@ def _yarn_attention_factor(rope: Raw, factor: float) -> float:
 
 
 def _context(raw: Raw) -> int:
-    """Tokens of context: what config.json says, stretched by the rules that leave the stretching to the reader."""
+    """Tokens of context: what config.json says, stretched by the rules that leave the stretching to
+    the reader.
+    """
     rope, trained = _rope_parameters(raw), raw["max_position_embeddings"]
     if rope["rope_type"] in ("linear", "dynamic"):
         return int(trained * rope.get("factor", 1))
@@ -304,7 +315,8 @@ FAMILIES: dict[str, Family] = {
             "blocks.{i}.mlp.up.weight",
             "blocks.{i}.mlp.down.weight",
         ),
-        # The first GPT-2 uploads name their tensors without the "transformer." that saving adds today.
+        # The first GPT-2 uploads name their tensors without the "transformer." that saving adds
+        # today.
         prefixes=("", "transformer."),
         ignored=r"h\.\d+\.attn\.(bias|masked_bias)",
     ),

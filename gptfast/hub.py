@@ -1,4 +1,6 @@
-"""From what a user calls a model to a folder on this machine: a bundled name, a folder, or a Hugging Face id."""
+"""From what a user calls a model to a folder on this machine: a bundled name, a folder, or a
+Hugging Face id.
+"""
 
 import re
 from pathlib import Path
@@ -25,7 +27,9 @@ UNNEEDED_FILES = ["*/*", "consolidated*"]
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of `model`, downloaded first where it is a hub id (only the files needed; the cache is honoured)."""
+    """The folder of `model`, downloaded first where it is a hub id (only the files needed; the
+    cache is honoured).
+    """
     if str(model) in BUNDLED:
         return BUNDLED[str(model)]
     folder = Path(model).expanduser()
@@ -35,7 +39,7 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
         raise ValueError(f"{folder} is a file; a model is a folder with a config.json, or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
         raise ValueError(
-            f"no model at {str(model)!r}: there is no such folder, and it is not a hub id (owner/name)"
+            f"no model at {str(model)!r}: there is no such folder, and a hub id is owner/name"
         )
     return _download(str(model), revision)
 
@@ -54,7 +58,7 @@ def _download(model: str, revision: str | None) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise ValueError(
-            f"no model {model!r}: there is no such folder, and the hub knows no such id (or it is private)"
+            f"no model {model!r}: there is no such folder, and no such id on the hub (or it is private)"
         ) from None
     except RevisionNotFoundError:
         raise ValueError(f"hub model {model!r} has no revision {revision!r}") from None
@@ -63,7 +67,7 @@ def _download(model: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"no model {model!r}: there is no such folder here, it is not in the local cache, and the hub "
-            f"could not be reached ({reason[:160]})"
+            f"no model {model!r}: there is no such folder, it is not in the local cache, and the "
+            f"hub could not be reached ({reason[:160]})"
         ) from None
     return Path(path)

@@ -1,7 +1,8 @@
 """The decoder, for every family. Names no family: what differs is a fact in ModelConfig.
 
-Weights only. State (KVCache) is an argument, positions are per row, and logits exist only where they are asked for.
-Letters: B rows, T new tokens, N selected tokens, H query heads, H_kv key/value heads, D head size, V vocabulary.
+Weights only. State (KVCache) is an argument, positions are per row, and logits exist only where
+they are asked for. Letters: B rows, T new tokens, N selected tokens, H query heads, H_kv key/value
+heads, D head size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from gptfast.cache import KVCache, LayerCache
 from gptfast.config import ModelConfig
 from gptfast.kernels.attention import attention
 from gptfast.rope import Rope, rotate
+from quantize.formats import PackedLinear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -24,7 +26,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Transformer(nn.Module):
-    """Token ids in, float32 logits out. Built without gradients; build it under `torch.device("meta")` to load into."""
+    """Token ids in, float32 logits out. Built without gradients; build it under
+    `torch.device("meta")` to load into.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,6 +47,16 @@ class Transformer(nn.Module):
         if self.config.tied_head:
             self.head.weight = self.embed.weight
 
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of weights that one decode step reads: all but the embedding, unless it is the head
+        too.
+        """
+        tables = 0 if self.config.tied_head else self.embed.weight.nbytes
+        tables += self.positions.weight.nbytes if self.positions is not None else 0
+        packed = sum(m.weight_bytes for m in self.modules() if isinstance(m, PackedLinear))
+        return sum(parameter.nbytes for parameter in self.parameters()) + packed - tables
+
     def forward(
         self,
         tokens: Tensor,
@@ -50,11 +64,12 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         select: Tensor | None = None,
     ) -> Tensor:
-        """tokens [B, T], positions [B, T] -> float32 logits [B, N, V] for the tokens `select` [B, N] (None: all).
+        """tokens [B, T], positions [B, T] -> float32 logits [B, N, V] for the tokens `select` [B,
+        N] (None: all).
 
-        With a cache, new keys and values are written to the slots `positions` and every token sees its row's slots up
-        to its own; a token at the spare slot (`cache.max_seq_len`) is padding. Without one, tokens see each other
-        causally in the order given.
+        With a cache, new keys and values are written to the slots `positions` and every token sees
+        its row's slots up to its own; a token at the spare slot (`cache.max_seq_len`) is padding.
+        Without one, tokens see each other causally in the order given.
         """
         return self.logits(self.hidden(tokens, positions, cache), select)
 
@@ -65,7 +80,9 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         run_block: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, dim] before the last norm. `run_block` is `Block.__call__`, or its compiled form."""
+        """Hidden states [B, T, dim] before the last norm. `run_block` is `Block.__call__`, or its
+        compiled form.
+        """
         x = self.embed(tokens)
         if self.positions is not None:
             # Padding sits at the spare slot, which may lie just beyond the table.
@@ -80,7 +97,7 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, x: Tensor, select: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T, dim] -> float32 logits [B, N, V] at `select` [B, N] (None: all T)."""
+        """Hidden [B, T, dim] -> float32 logits [B, N, V] at `select` [B, N] (None: all T)."""
         if select is not None:
             x = x.gather(1, select.unsqueeze(-1).expand(-1, -1, x.size(-1)))  # [B, N, dim]
         return self.head(self.norm(x)).float()
@@ -103,13 +120,15 @@ class Block(nn.Module):
         cos_sin: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None,
     ) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]. `cache` is this layer's own, so that all blocks share one compiled graph."""
+        """x [B, T, dim] -> [B, T, dim]. `cache` is this layer's own, so that all blocks share one
+        compiled graph.
+        """
         x = x + self.attention(self.attention_norm(x), positions, cos_sin, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (2305.13245) with one fused projection for queries, keys and values."""
+    """Grouped-query attention (2305.13245), one fused projection for queries, keys, values."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -185,7 +204,9 @@ class RMSNorm(nn.Module):
 
 
 def fused_rows(config: ModelConfig, name: str) -> tuple[int, ...] | None:
-    """Rows of each part of the fused weight or bias `name`, in order; None where a parameter is one piece."""
+    """Rows of each part of the fused weight or bias `name`, in order; None where a parameter is one
+    piece.
+    """
     if ".attention.qkv." in name:
         kv_rows = config.num_kv_heads * config.head_dim
         return config.num_heads * config.head_dim, kv_rows, kv_rows

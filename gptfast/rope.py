@@ -1,6 +1,8 @@
-"""Rotary positions: frequencies from the facts, angles from positions, rotation of queries and keys.
+"""Rotary positions: frequencies from the facts, angles from positions, rotation of queries and
+keys.
 
-A scaling rule is a function of the plain inverse frequencies; the table at the end of the file names them.
+A scaling rule is a function of the plain inverse frequencies; the table at the end of the file
+names them.
 """
 
 import math
@@ -27,7 +29,9 @@ class Rope(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """`lengths` [B]: tokens known of each row (the whole prompt while it is read); "dynamic" depends on it."""
+        """`lengths` [B]: tokens known of each row (the whole prompt while it is read); "dynamic"
+        depends on it.
+        """
         inv_freq = self.inv_freq
         if self.config.scaling == "dynamic":
             inv_freq = self._stretched(lengths)  # [B, 1, D/2]
@@ -36,7 +40,9 @@ class Rope(nn.Module):
         return (angles.cos() * scale).unsqueeze(2), (angles.sin() * scale).unsqueeze(2)
 
     def _stretched(self, lengths: Tensor) -> Tensor:
-        """Base grown by the row's length: theta * (factor * length / original - (factor - 1)) ^ (D / (D - 2))."""
+        """Base grown by the row's length: theta * (factor * length / original - (factor - 1)) ^ (D
+        / (D - 2)).
+        """
         config, dim = self.config, self.head_dim
         length = lengths.clamp(min=config.original_max_seq_len).float()
         stretch = config.factor * length / config.original_max_seq_len - (config.factor - 1)
@@ -60,7 +66,9 @@ def _linear(inv_freq: Tensor, config: RopeConfig) -> Tensor:
 
 
 def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
-    """Wavelengths shorter than original/high_freq_factor stay, longer than original/low_freq_factor are divided."""
+    """Wavelengths shorter than original/high_freq_factor stay, longer than original/low_freq_factor
+    are divided.
+    """
     turns = config.original_max_seq_len * inv_freq / (2 * math.pi)
     low, high = config.low_freq_factor, config.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -68,7 +76,9 @@ def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
 
 
 def _yarn(inv_freq: Tensor, config: RopeConfig) -> Tensor:
-    """NTK-by-parts: dimensions that turn often are kept, slow ones interpolated, with a ramp between."""
+    """NTK-by-parts: dimensions that turn often are kept, slow ones interpolated, with a ramp
+    between.
+    """
     dim = 2 * inv_freq.numel()
 
     def dimension(turns: float) -> float:

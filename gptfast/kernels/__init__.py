@@ -1,1 +1,1 @@
-"""Operations of the decoder that deserve a kernel, each beside the plain PyTorch function it must equal."""
+"""Operations that deserve a kernel, each beside the plain PyTorch function it must equal."""

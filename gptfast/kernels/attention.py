@@ -1,7 +1,9 @@
-"""Attention of new tokens over the cached keys and values of their row, at a cost that follows the used length.
+"""Attention of new tokens over the cached keys and values of their row, at a cost that follows the
+used length.
 
-`attention` is a `torch.library` op, opaque to the compiler, so that the number of used slots may be read on the host
-(free on a CPU) without a recompilation. Its meaning is `attention_reference`, which reads every slot.
+`attention` is a `torch.library` op, opaque to the compiler, so that the number of used slots may be
+read on the host (free on a CPU) without a recompilation. Its meaning is `attention_reference`,
+which reads every slot.
 """
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """q [B, T, H, D], keys and values [B, H_kv, S + 1, D], positions [B, T] -> [B, T, H, D].
 
-    The token at position p sees slots 0..p of its row. Position S is padding: its result is finite and meaningless.
+    The token at position p sees slots 0..p of its row. Position S is padding: its result is finite
+    and meaningless.
     """
     return attention_reference(q, keys, values, positions)
 
@@ -24,7 +27,9 @@ def _(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 
 
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """The meaning of `attention`: softmax in float32 over all slots, those after a token's position masked out."""
+    """The meaning of `attention`: softmax in float32 over all slots, those after a token's position
+    masked out.
+    """
     num_slots, group = keys.size(2) - 1, q.size(2) // keys.size(1)
     k, v = (t[:, :, :num_slots].float().repeat_interleave(group, dim=1) for t in (keys, values))
     scores = q.transpose(1, 2).float() @ k.transpose(-1, -2) * q.size(-1) ** -0.5  # [B, H, T, S]
@@ -34,13 +39,15 @@ def attention_reference(q: Tensor, keys: Tensor, values: Tensor, positions: Tens
 
 
 def _real(positions: Tensor, num_slots: int) -> Tensor:
-    """Positions with padding moved to slot 0, so that it sees something finite and costs nothing."""
+    """Positions with padding moved to slot 0, where it sees something finite at no cost."""
     return positions.where(positions < num_slots, 0)
 
 
 @attention.register_kernel("cpu")
 def _attention_cpu(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Flash attention on the slots that some row uses; query heads grouped under their key/value head."""
+    """Flash attention on the slots that some row uses; query heads grouped under their key/value
+    head.
+    """
     batch, num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, num_slots = keys.size(1), keys.size(2) - 1
     host = positions.tolist()

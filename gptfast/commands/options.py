@@ -1,0 +1,149 @@
+"""Options that several commands share, and how they become an LLM and sampling parameters."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from gptfast import __version__
+from gptfast.device import DTYPES
+from gptfast.hub import DEFAULT_MODEL
+from gptfast.llm import LLM
+from gptfast.sampling import SamplingParams
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        "--checkpoint-path",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="folder, Hugging Face id or bundled name (storyteller, storyteller-draft); "
+        "default: %(default)s",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="of weights and cache; default: what the checkpoint says",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--version", action="version", version=f"gptfast {__version__}")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how it runs")
+    group.add_argument("--compile", action="store_true", help="compile with torch.compile")
+    group.add_argument(
+        "--max-seq-len",
+        type=int,
+        metavar="TOKENS",
+        help="prompt and output tokens of a row; default: the model's context, if memory allows",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "-n",
+        "--max-new-tokens",
+        "--max-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.8, help="0 is greedy; default: %(default)s"
+    )
+    group.add_argument("--top-k", type=int, default=200, help="0 is off; default: %(default)s")
+    group.add_argument("--top-p", type=float, default=1.0, help="1 is off; default: %(default)s")
+    group.add_argument("--min-p", type=float, default=0.0, help="0 is off; default: %(default)s")
+    for name, neutral in (("repetition", 1.0), ("presence", 0.0), ("frequency", 0.0)):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            default=neutral,
+            metavar="X",
+            help=f"{neutral:g} is off; default: %(default)s",
+        )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end where this text would appear; may be given several times",
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
+    )
+    group.add_argument("--seed", type=int, help="the same seed gives the same text")
+
+
+def sampling_params(args: argparse.Namespace, **others: Any) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+        **others,
+    )
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}; at least 1 is needed")
+        torch.set_num_threads(args.threads)
+
+
+def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
+    """The model that the options ask for; says on stderr how long it took and how long its context
+    is.
+    """
+    set_threads(args)
+    llm = LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        compile=args.compile,
+        max_seq_len=args.max_seq_len,
+        batch_size=batch_size,
+        revision=args.revision,
+        progress=progress_bar,
+    )
+    config, context = llm.config, llm.engine.max_seq_len
+    note(
+        f"Loaded {llm.folder.name}: {config.num_parameters:,} parameters, "
+        f"{str(llm.model.embed.weight.dtype).removeprefix('torch.')} on {llm.engine.device}"
+    )
+    note(f"Time to load model: {llm.load_s:.2f} seconds")
+    if args.max_seq_len is None and context < config.max_seq_len:
+        note(
+            f"Context: {context} tokens, which is what the free memory holds "
+            f"(the model allows {config.max_seq_len}; --max-seq-len sets it)"
+        )
+    return llm
+
+
+def progress_bar(items: Iterable[Any]) -> Iterable[Any]:
+    """A bar on stderr that shows only where loading takes more than a moment."""
+    return tqdm(items, desc="Loading weights", unit="tensor", delay=1.0, leave=False)
+
+
+def note(line: str) -> None:
+    """A line about the work, beside the result: stderr, so that stdout stays the result's own."""
+    print(line, file=sys.stderr, flush=True)

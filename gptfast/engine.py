@@ -1,0 +1,342 @@
+"""Engine: token ids in, a stream of token ids out. One loop for one prompt, a batch, a chat, and
+later a server.
+
+Knows ids, never text. Requests wait in a queue for one of a fixed number of rows; `step` reads a
+bounded piece of prompt, decodes one token for every active row, and returns what became known.
+Sampled tokens feed the next step on the device; the host reads them one step behind (on a CPU, at
+once).
+"""
+
+import secrets
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gptfast.device import check_fits, free_memory
+from gptfast.model import Transformer
+from gptfast.runner import LARGEST_PIECE, ModelRunner
+from gptfast.sampling import SamplingParams, token_logprobs
+from gptfast.stats import DecodeCounters, RequestStats
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of the chosen token under the unmodified model, and likely alternatives."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """New tokens of one request, its statistics so far, and with its last event why it ends."""
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    stats: RequestStats
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on the host: `num_prefilled` prompt tokens are in the cache, `num_dispatched` new
+    ones have been asked of the device, `budget` are allowed.
+    """
+
+    id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    budget: int
+    stats: RequestStats
+    row: int = -1
+    num_prefilled: int = 0
+    num_dispatched: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def decoding(self) -> bool:
+        """In a row, its prompt read, with tokens still to be asked for."""
+        return not self.finished and 0 < self.num_dispatched < self.budget
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """One step's sampled tokens on their way to the host: entry i belongs to requests[i]."""
+
+    tokens: Tensor
+    requests: Sequence[Request | None]
+    logprobs: tuple[Tensor, Tensor, Tensor] | None
+    ready: torch.cuda.Event | None
+
+
+class Engine:
+    """Runs one model for up to `num_rows` requests at a time.
+
+    `max_seq_len` (prompt and new tokens of a row) is by default what the model's facts say, bounded
+    by the free memory. ValueError where more is asked than the facts allow; MemoryError where the
+    cache does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        num_rows: int = 1,
+        max_seq_len: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        if num_rows < 1:
+            raise ValueError(f"number of rows (batch size) is {num_rows}; at least 1 is needed")
+        self.model, self.num_rows = model, num_rows
+        self.max_seq_len = _context_length(model, num_rows, max_seq_len)
+        self.runner = ModelRunner(model, num_rows, self.max_seq_len, compile)
+        self.device = self.runner.device
+        self.counters = DecodeCounters()
+        self._queue: deque[Request] = deque()
+        self._rows: list[Request | None] = [None] * num_rows
+        self._cached: list[list[int]] = [[] for _ in range(num_rows)]  # tokens in each row's slots
+        self._in_flight: deque[_InFlight] = deque()
+        self._lag = 1 if self.device.type == "cuda" else 0
+        self._next_id = 0
+
+    # -- requests --
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+        """Queues a prompt and returns the id its events will carry. ValueError if it cannot run."""
+        config, ids = self.model.config, list(prompt_ids)
+        if not ids:
+            raise ValueError("the prompt has no tokens; at least one is needed")
+        for token in ids:
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"token id {token} is outside the vocabulary (0 to {config.vocab_size - 1})"
+                )
+        if len(ids) > self.max_seq_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the context holds {self.max_seq_len} "
+                f"(max_seq_len; the model allows {config.max_seq_len}); shorten the prompt"
+            )
+        params.validate_for(config.vocab_size)
+        room = self.max_seq_len - len(ids)
+        budget = room if params.max_new_tokens is None else min(room, params.max_new_tokens)
+        seed = secrets.randbits(62) if params.seed is None else params.seed
+        request = Request(self._next_id, ids, params, seed, budget, RequestStats(len(ids)))
+        self._next_id += 1
+        self._queue.append(request)
+        return request.id
+
+    def cancel(self, request_id: int) -> Event | None:
+        """Ends a request where it stands and frees its row; None where it is not running."""
+        running = [*self._queue, *filter(None, self._rows)]
+        request = next((request for request in running if request.id == request_id), None)
+        if request is None:
+            return None
+        if request in self._queue:
+            self._queue.remove(request)
+        return self._finish(request, (), (), "cancelled")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queue or self._in_flight or any(self._rows))
+
+    def forget(self) -> None:
+        """Drops what idle rows remember of earlier prompts, so that the next one is read whole."""
+        for row in range(self.num_rows):
+            if self._rows[row] is None:
+                self._cached[row] = []
+
+    # -- the loop --
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """One turn: fill free rows, read a piece of prompt, decode a token a row, report."""
+        events = self._admit()
+        self._prefill()
+        decoding = any(request is not None and request.decoding for request in self._rows)
+        if decoding:
+            self._decode()
+        while len(self._in_flight) > (self._lag if decoding else 0):
+            events += self._read(self._in_flight.popleft())
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Gives free rows to waiting requests: each gets the row that holds most of its prompt."""
+        events = []
+        while self._queue and (free := [r for r in range(self.num_rows) if not self._rows[r]]):
+            request = self._queue.popleft()
+            if request.budget <= 0:
+                events.append(self._finish(request, (), (), "length"))
+                continue
+            shared = {row: _common_prefix(self._cached[row], request.prompt_ids) for row in free}
+            # Among rows that share nothing, the emptiest: other conversations stay cached.
+            row = max(free, key=lambda row: (shared[row], -len(self._cached[row])))
+            # The last prompt token is always run: its logits give the first new token.
+            request.num_prefilled = min(shared[row], len(request.prompt_ids) - 1)
+            request.row = row
+            request.stats.num_cached_tokens = request.num_prefilled
+            request.stats.started_at = perf_counter()
+            self._rows[row] = request
+            self._cached[row] = request.prompt_ids[: request.num_prefilled]
+            self.runner.start_row(row, request.prompt_ids, request.params, request.seed)
+        return events
+
+    def _prefill(self) -> None:
+        """Reads one largest piece's worth of prompts, so that decoding rows wait a bounded time."""
+        allowance = LARGEST_PIECE
+        for request in sorted(filter(None, self._rows), key=lambda request: request.id):
+            while allowance > 0 and request.num_dispatched == 0:
+                allowance -= self._prefill_piece(request, allowance)
+
+    def _prefill_piece(self, request: Request, allowance: int) -> int:
+        """Reads the next piece of a prompt; after the last, samples the first token.
+
+        Returns the number of tokens read.
+        """
+        start, row = request.num_prefilled, request.row
+        piece = request.prompt_ids[start : start + allowance]
+        hidden = self.runner.prefill(piece, start, row)
+        request.num_prefilled += len(piece)
+        self._cached[row] += piece
+        if request.num_prefilled == len(request.prompt_ids):
+            tokens, logits = self.runner.first_token(hidden, len(piece) - 1, row)
+            self._send(tokens, logits, [request])
+        return len(piece)
+
+    def _decode(self) -> None:
+        compile_s, start = self.runner.compile_s, perf_counter()
+        tokens, logits = self.runner.decode()
+        requests = [r if r is not None and r.decoding else None for r in self._rows]
+        self._send(tokens, logits, requests)
+        compiling = self.runner.compile_s - compile_s
+        self.counters.seconds += perf_counter() - start - compiling
+        self.counters.num_tokens += sum(request is not None for request in requests)
+        self.counters.num_steps += 1
+
+    # -- from the device to events --
+
+    def _send(self, tokens: Tensor, logits: Tensor, requests: Sequence[Request | None]) -> None:
+        """Starts the copy of sampled tokens to the host."""
+        wanted = [r.params.logprobs for r in requests if r and r.params.logprobs is not None]
+        logprobs = token_logprobs(logits, tokens, max(wanted)) if wanted else None
+        ready = None
+        if self.device.type == "cuda":
+            pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            tokens = pinned.copy_(tokens, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        for request in filter(None, requests):
+            request.num_dispatched += 1
+        self._in_flight.append(_InFlight(tokens, requests, logprobs, ready))
+
+    def _read(self, sent: _InFlight) -> list[Event]:
+        """Turns tokens that have arrived into events; finishes requests that end with them."""
+        start = perf_counter()
+        if sent.ready is not None:
+            sent.ready.synchronize()
+        tokens, now = sent.tokens.tolist(), perf_counter()
+        self.counters.seconds += now - start
+        events = []
+        for index, (token, request) in enumerate(zip(tokens, sent.requests, strict=True)):
+            if request is None or request.finished:
+                continue  # ended while this step was under way
+            request.token_ids.append(token)
+            request.stats.token_times.append(now)
+            logprobs = _token_logprob(token, index, sent.logprobs, request.params.logprobs)
+            reason = self._finish_reason(request, token)
+            if reason is None:
+                events.append(Event(request.id, (token,), request.stats, logprobs))
+            else:
+                events.append(self._finish(request, (token,), logprobs, reason))
+        return events
+
+    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+        params = request.params
+        if token in params.stop_token_ids:
+            return "stop"
+        if token in self.model.config.eos_token_ids and not params.ignore_eos:
+            return "stop"
+        return "length" if len(request.token_ids) >= request.budget else None
+
+    def _finish(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        reason: FinishReason,
+    ) -> Event:
+        """Frees the row. What its slots hold stays known, for a later prompt that begins so."""
+        request.finished = True
+        if request.row >= 0:
+            self._rows[request.row] = None
+            # The newest token has not been through the model: its slot is not filled.
+            self._cached[request.row] += request.token_ids[:-1]
+            self.runner.stop_row(request.row)
+        return Event(request.id, token_ids, request.stats, logprobs, reason)
+
+    # -- beside the loop --
+
+    def all_logits(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
+        """Teacher-forced float32 logits of every position, piece by piece [t, V].
+
+        Runs through row 0 of an idle engine: RuntimeError where requests are running. ValueError
+        where there are no tokens or more than the context holds.
+        """
+        vocab_size = self.model.config.vocab_size
+        if self.has_work:
+            raise RuntimeError("the engine is running requests; finish or cancel them first")
+        if not 0 < len(token_ids) <= self.max_seq_len:
+            raise ValueError(f"{len(token_ids)} tokens given; 1 to {self.max_seq_len} are needed")
+        if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise ValueError(f"token ids must be 0 to {vocab_size - 1}, the vocabulary's")
+        self._cached[0] = []
+        self.runner.cache.lengths[0] = len(token_ids)
+        for start in range(0, len(token_ids), LARGEST_PIECE):
+            piece = token_ids[start : start + LARGEST_PIECE]
+            with torch.no_grad():
+                hidden = self.runner.prefill(piece, start, 0)
+                yield self.model.logits(hidden[:, : len(piece)])[0]
+
+
+def _context_length(model: Transformer, num_rows: int, asked: int | None) -> int:
+    """Slots for each row: what was asked, if it fits, or what facts and free memory allow."""
+    config, weight = model.config, model.embed.weight
+    per_token = num_rows * config.cache_bytes_per_token(weight.element_size())
+    if asked is None:
+        free = free_memory(weight.device)
+        # Leave a tenth for activations.
+        fits = config.max_seq_len if free is None else int(0.9 * free) // per_token
+        return max(1, min(config.max_seq_len, fits))
+    if not 1 <= asked <= config.max_seq_len:
+        raise ValueError(f"max_seq_len is {asked}; this model allows 1 to {config.max_seq_len}")
+    check_fits(
+        asked * per_token,
+        weight.device,
+        f"a cache of {num_rows} x {asked} tokens",
+        "lower max_seq_len or the batch size",
+    )
+    return asked
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    shorter = min(len(first), len(second))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
+def _token_logprob(
+    token: int, index: int, logprobs: tuple[Tensor, Tensor, Tensor] | None, wanted: int | None
+) -> tuple[TokenLogprob, ...]:
+    if logprobs is None or wanted is None:
+        return ()
+    chosen, top_values, top_ids = (tensor[index].tolist() for tensor in logprobs)
+    return (TokenLogprob(token, chosen, dict(zip(top_ids[:wanted], top_values, strict=False))),)

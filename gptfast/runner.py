@@ -1,0 +1,175 @@
+"""ModelRunner: the device's side of the loop. Knows rows, tensors and graphs; knows no requests.
+
+It owns what a step reads and writes (cache, sampling state, last tokens, positions), the functions
+of a step, eager or compiled, and the rule that nothing recompiles once they are warm.
+"""
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.cache import KVCache
+from gptfast.model import Transformer
+from gptfast.sampling import Plan, SamplingParams, SamplingState, sample
+
+# A piece of prompt is padded to one of these lengths: few shapes, at most half of one wasted.
+PREFILL_SHAPES = (16, 32, 64, 128, 256, 512)
+LARGEST_PIECE = PREFILL_SHAPES[-1]
+
+
+class ModelRunner:
+    """Advances `num_rows` rows of up to `max_seq_len` tokens. An idle row sits at the spare slot.
+
+    Compiled graphs: every block at one token a row (one graph for all blocks), every block at two
+    or more tokens (any number), the head, and a sampler for each plan. On CUDA the whole decode
+    step replays as one graph.
+    """
+
+    def __init__(
+        self, model: Transformer, num_rows: int, max_seq_len: int, compile: bool = False
+    ) -> None:
+        weight = model.embed.weight
+        self.model, self.device, self.compiled = model, weight.device, compile
+        self.cache = KVCache.allocate(
+            model.config, num_rows, max_seq_len, weight.dtype, self.device
+        )
+        self.sampling = SamplingState(num_rows, model.config.vocab_size, self.device)
+        self.tokens = torch.zeros(num_rows, 1, dtype=torch.int64, device=self.device)
+        self.positions = torch.full_like(self.tokens, max_seq_len)
+        self.compile_s = 0.0
+        self._block = _run_block
+        self._logits: Callable[..., Tensor] = model.logits
+        self._sample: Callable[..., Tensor] = sample
+        self._warm: set[Plan] = set()
+        self._graphs: dict[Plan, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        if compile:
+            # Isolated: other runners of the process do not count towards the recompilation limit.
+            options: dict[str, Any] = {"isolate_recompiles": True, "fullgraph": True}
+            if self.device.type == "cuda":
+                options["options"] = {"coordinate_descent_tuning": True}
+            self._block = torch.compile(_run_block, **options)
+            self._logits = torch.compile(model.logits, **options)
+            self._sample = torch.compile(sample, **options)
+
+    # -- rows --
+
+    def start_row(
+        self, row: int, prompt_ids: Sequence[int], params: SamplingParams, seed: int
+    ) -> None:
+        """Gives a row to a prompt; its tokens are read by `prefill` afterwards."""
+        self.sampling.set_row(row, params, prompt_ids, seed)
+        self.cache.lengths[row] = len(prompt_ids)
+
+    def stop_row(self, row: int) -> None:
+        self.positions[row] = self.cache.max_seq_len
+        self.sampling.clear_row(row)
+
+    # -- steps --
+
+    def prefill(self, piece: Sequence[int], start: int, row: int) -> Tensor:
+        """Reads a piece of at most 512 tokens into a row from position `start` on.
+
+        Returns hidden states [1, padded length, dim].
+        """
+        length = next(shape for shape in PREFILL_SHAPES if shape >= len(piece))
+        padding = length - len(piece)
+        places = range(start, start + len(piece))
+        tokens = torch.tensor([[*piece, *([0] * padding)]])
+        positions = torch.tensor([[*places, *([self.cache.max_seq_len] * padding)]])
+        return self._hidden(tokens.to(self.device), positions.to(self.device), self.cache.row(row))
+
+    def first_token(self, hidden: Tensor, last: int, row: int) -> tuple[Tensor, Tensor]:
+        """Samples a row's first token from place `last` of its prompt's last piece and lets the row
+        decode from there -> tokens [1], logits [1, V].
+        """
+        plan = self.sampling.plan()
+        self._warm_up(plan)
+        index = torch.tensor([last], device=self.device)
+        logits = self._logits(hidden.index_select(1, index))[:, 0]
+        state, position = self.sampling.row(row), self.cache.lengths[row : row + 1]
+        token = self._sample(logits, state, position, plan)
+        if plan == "full":  # the only plan that reads counts
+            state.count(token, torch.ones_like(token, dtype=torch.bool))
+        self.tokens[row] = token
+        self.positions[row] = position
+        return token, logits
+
+    def decode(self) -> tuple[Tensor, Tensor]:
+        """One token for every row; idle rows run along -> tokens [B], logits [B, V]."""
+        plan = self.sampling.plan()
+        self._warm_up(plan)
+        if not (self.compiled and self.device.type == "cuda"):
+            return self._decode(plan)
+        graph, tokens, logits = self._graph(plan)
+        graph.replay()
+        return tokens, logits
+
+    def _decode(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """The whole step, from last tokens to next ones, without the host."""
+        positions = self.positions[:, 0]
+        active = positions < self.cache.max_seq_len
+        self.cache.lengths.add_(active)
+        hidden = self._hidden(self.tokens, self.positions, self.cache)
+        logits = self._logits(hidden)[:, 0]
+        # A token's random bits belong to the place it takes: the same alone and in a batch.
+        tokens = self._sample(logits, self.sampling, positions + 1, plan)
+        if plan == "full":
+            self.sampling.count(tokens, active)
+        self.tokens.copy_(tokens.unsqueeze(1))
+        self.positions.add_(active.unsqueeze(1))
+        return tokens, logits
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        return self.model.hidden(
+            tokens, positions, cache, self._run_compiled if self.compiled else None
+        )
+
+    def _run_compiled(self, block: nn.Module, x: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+        if x.size(1) > 1:
+            for tensor in (x, positions, *(rest[0] or ())):
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        return self._block(block, x, positions, *rest)
+
+    # -- compilation --
+
+    @torch.no_grad()
+    def warm_up(self, requests: Sequence[SamplingParams]) -> None:
+        """Compiles now what requests with these parameters need, not at the step that needs it."""
+        for plan in sorted({params.plan for params in requests}):
+            self._warm_up(plan)
+
+    def _warm_up(self, plan: Plan) -> None:
+        """Runs every graph of `plan` once on padding, which leaves no trace."""
+        if plan in self._warm or not self.compiled:
+            return
+        start = perf_counter()
+        if not self._warm:
+            self.prefill([], 0, 0)
+        # A prompt's first token is sampled for its row alone.
+        alone = (self.cache.row(0), self.sampling.row(0))
+        for cache, state in (alone, (self.cache, self.sampling))[self.cache.num_rows == 1 :]:
+            tokens = torch.zeros(cache.num_rows, 1, dtype=torch.int64, device=self.device)
+            hidden = self.model.embed(tokens)
+            if cache is self.cache:
+                hidden = self._hidden(tokens, torch.full_like(tokens, cache.max_seq_len), cache)
+            self._sample(self._logits(hidden)[:, 0], state, tokens[:, 0], plan)
+        self._warm.add(plan)
+        self.compile_s += perf_counter() - start
+
+    def _graph(self, plan: Plan) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """The decode step as one CUDA graph. Capturing runs nothing, so no row is disturbed."""
+        if plan not in self._graphs:
+            start = perf_counter()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                tokens, logits = self._decode(plan)
+            self._graphs[plan] = graph, tokens, logits
+            self.compile_s += perf_counter() - start
+        return self._graphs[plan]
+
+
+def _run_block(block: nn.Module, *inputs: Any) -> Tensor:
+    return block(*inputs)

@@ -1,0 +1,79 @@
+"""Formats of a linear's weight: what the stored numbers mean, and how to multiply by them.
+
+A format is an nn.Module that takes the place of an nn.Linear and has `dequantize()` (the weight as
+plain numbers) and `weight_bytes` (what one multiplication reads).
+"""
+
+import itertools
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+# oneDNN's packed tensors cannot be inputs of a compiled graph, so graphs carry a number that stands
+# for one.
+_packed_weights: dict[int, Tensor] = {}
+_next_handle = itertools.count()
+
+
+class PackedLinear(nn.Module):
+    """A bfloat16 weight in oneDNN's blocked layout for the CPU: the same numbers, read at 1.4-1.7
+    times the speed for 1 to 16 rows (measured: 46 against 28 GB/s at one row, where the memory
+    gives 50).
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        handle = next(_next_handle)
+        # The layout is chosen for this many rows; it serves all counts.
+        _packed_weights[handle] = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach(), 16
+        )
+        weakref.finalize(self, _packed_weights.pop, handle)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_bytes = linear.weight.nbytes
+        self.bias = linear.bias
+        # A tensor, since an int would be a constant of the graph and compile it anew for every
+        # layer.
+        self.register_buffer("handle", torch.tensor(handle), persistent=False)
+
+    handle: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.handle, self.bias, self.out_features)
+
+    def dequantize(self) -> Tensor:
+        """The weight [N, K]."""
+        return _packed_weights[int(self.handle)].to_dense()
+
+
+@torch.library.custom_op("quantize::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """x [..., K] times the packed weight [N, K] that `handle` stands for -> [..., N]."""
+    weight = _packed_weights[int(handle)]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@packed_linear.register_fake
+def _(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Packs, one after the other and in place, the linears whose own weight the CPU reads faster
+    packed.
+
+    A weight that another module shares (a tied head) stays as it is: packing would keep it twice.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or owners[id(module.weight)] > 1:
+            continue
+        if module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, PackedLinear(module))
