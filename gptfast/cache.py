@@ -16,10 +16,15 @@ from gptfast.config import ModelConfig
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, each [B, H_kv, S + 1, D]."""
+    """Keys and values of one layer, each [B, H_kv, S + 1, D].
+
+    `bound`, a number on the CPU that all layers share, is above every position in use: the host
+    knows it without waiting for the device.
+    """
 
     keys: Tensor
     values: Tensor
+    bound: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class KVCache:
             torch._dynamo.mark_static_address(tensor)
             return tensor
 
-        layers = tuple(LayerCache(slots(), slots()) for _ in range(config.num_layers))
+        bound = torch.tensor(max_seq_len, device="cpu")
+        layers = tuple(LayerCache(slots(), slots(), bound) for _ in range(config.num_layers))
         return KVCache(layers, torch.zeros(num_rows, dtype=torch.int64, device=device))
 
     @property
@@ -60,11 +66,17 @@ class KVCache:
         return self.layers[0].keys.size(2) - 1
 
     @property
+    def bound(self) -> Tensor:
+        return self.layers[0].bound
+
+    @property
     def num_bytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     def row(self, index: int) -> "KVCache":
         """A cache of one row that shares this one's memory."""
         part = slice(index, index + 1)
-        layers = tuple(LayerCache(layer.keys[part], layer.values[part]) for layer in self.layers)
+        layers = tuple(
+            LayerCache(layer.keys[part], layer.values[part], layer.bound) for layer in self.layers
+        )
         return KVCache(layers, self.lengths[part])

@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer.vocabulary import read_json, read_text
 
 Message = Mapping[str, Any]
 
@@ -31,19 +32,19 @@ def find_template(folder: Path) -> str | None:
     """
     folder = Path(folder)
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        value = _read_template_value(path)
-        if isinstance(value, list):
-            value = {entry["name"]: entry["template"] for entry in value}
-        if isinstance(value, dict):
-            if "default" not in value:
-                raise ValueError(
-                    f'{path}: its chat templates are {sorted(value)}; one named "default" is needed'
-                )
-            value = value["default"]
+        value = read_json(path).get("chat_template")
+        entries = value if isinstance(value, list) else [{"name": "default", "template": value}]
+        for entry in entries:
+            match entry:
+                case {"name": "default", "template": str(template)}:
+                    return template
         if value is not None:
-            return value
+            raise ValueError(
+                f"{path}: chat_template is neither a string nor a list of templates with their "
+                'names, one of them "default"; put the template into chat_template.jinja'
+            )
     return None
 
 
@@ -240,13 +241,3 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _read_template_value(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); download it again") from error
-    return config.get("chat_template") if isinstance(config, dict) else None

@@ -202,15 +202,19 @@ def _match(model: Transformer, family: Family, tensors: TensorFiles) -> dict[str
         return sum(prefix + name in tensors.names for name in wanted)
 
     prefix = max(family.prefixes, key=found_with)
-    missing = sorted(name for name in wanted if prefix + name not in tensors.names)
+
+    def stored(name: str) -> str:
+        """`name` as the files spell it: the head may stand outside the prefix."""
+        return prefix + name if prefix + name in tensors.names else name
+
+    missing = sorted(name for name in wanted if stored(name) not in tensors.names)
     if missing:
         raise ValueError(f"{tensors.folder}: missing tensors: {_some(missing)}")
     tied = family.source("head.weight") if model.config.tied_head else ()
     extra = sorted(
         name
-        for name in tensors.names - {prefix + name for name in wanted}
+        for name in tensors.names - {stored(name) for name in wanted}
         if name.removeprefix(prefix) not in tied
-        and name not in tied
         and not re.fullmatch(family.ignored, name.removeprefix(prefix))
     )
     if extra:
@@ -218,35 +222,35 @@ def _match(model: Transformer, family: Family, tensors: TensorFiles) -> dict[str
             f"{tensors.folder}: tensors that a {model.config.model_type!r} model with this "
             f"config.json has no place for: {_some(extra)}"
         )
+    found = {name: tuple(stored(source) for source in names) for name, names in sources.items()}
     for name, parameter in ours.items():
-        _check_shapes(model.config, name, tuple(parameter.shape), sources, family, tensors, prefix)
-    return {name: tuple(prefix + source for source in names) for name, names in sources.items()}
+        _check_shapes(model.config, name, tuple(parameter.shape), found[name], family, tensors)
+    return found
 
 
 def _check_shapes(
     config: ModelConfig,
     name: str,
     shape: tuple[int, ...],
-    sources: dict[str, tuple[str, ...]],
+    sources: tuple[str, ...],
     family: Family,
     tensors: TensorFiles,
-    prefix: str,
 ) -> None:
-    parts = fused_rows(config, name) if len(sources[name]) > 1 else (shape[0],)
-    assert parts is not None and len(parts) == len(sources[name])
-    for rows, source in zip(parts, sources[name], strict=True):
+    parts = fused_rows(config, name) if len(sources) > 1 else (shape[0],)
+    assert parts is not None and len(parts) == len(sources)
+    for rows, source in zip(parts, sources, strict=True):
         needed = (rows, *shape[1:])
         if family.is_transposed(name):
             needed = needed[::-1]
-        found = tensors.shape(prefix + source)
+        found = tensors.shape(source)
         if found != needed:
             raise ValueError(
                 f"{tensors.folder}: {source} has shape {list(found)}; "
                 f"config.json needs {list(needed)}"
             )
-        if tensors.dtype(prefix + source) not in ("F64", "F32", "F16", "BF16"):
+        if tensors.dtype(source) not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(
-                f"{tensors.folder}: {source} is stored as {tensors.dtype(prefix + source)}; "
+                f"{tensors.folder}: {source} is stored as {tensors.dtype(source)}; "
                 "only float weights (F32, F16, BF16) are read"
             )
 

@@ -214,8 +214,9 @@ class Engine:
 
     def _decode(self) -> None:
         compile_s, start = self.runner.compile_s, perf_counter()
-        tokens, logits = self.runner.decode()
         requests = [r if r is not None and r.decoding else None for r in self._rows]
+        used = max(len(r.prompt_ids) + r.num_dispatched for r in requests if r)
+        tokens, logits = self.runner.decode(used)
         self._send(tokens, logits, requests)
         compiling = self.runner.compile_s - compile_s
         self.counters.seconds += perf_counter() - start - compiling

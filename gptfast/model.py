@@ -158,7 +158,7 @@ class Attention(nn.Module):
             # index_put stays in place under Inductor; scatter_ copies the whole cache (measured).
             cache.keys[rows, :, positions] = k.to(cache.keys.dtype)
             cache.values[rows, :, positions] = v.to(cache.values.dtype)
-            y = attention(q, cache.keys, cache.values, positions)
+            y = attention(q, cache.keys, cache.values, positions, cache.bound)
         return self.out(y.flatten(2))
 
 

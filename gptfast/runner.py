@@ -18,6 +18,7 @@ from gptfast.sampling import Plan, SamplingParams, SamplingState, sample
 # A piece of prompt is padded to one of these lengths: few shapes, at most half of one wasted.
 PREFILL_SHAPES = (16, 32, 64, 128, 256, 512)
 LARGEST_PIECE = PREFILL_SHAPES[-1]
+SMALLEST_BOUND = 256
 
 
 class ModelRunner:
@@ -44,7 +45,7 @@ class ModelRunner:
         self._logits: Callable[..., Tensor] = model.logits
         self._sample: Callable[..., Tensor] = sample
         self._warm: set[Plan] = set()
-        self._graphs: dict[Plan, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         if compile:
             # Isolated: other runners of the process do not count towards the recompilation limit.
             options: dict[str, Any] = {"isolate_recompiles": True, "fullgraph": True}
@@ -77,6 +78,7 @@ class ModelRunner:
         length = next(shape for shape in PREFILL_SHAPES if shape >= len(piece))
         padding = length - len(piece)
         places = range(start, start + len(piece))
+        self.cache.bound.fill_(self._bound(start + len(piece)))
         tokens = torch.tensor([[*piece, *([0] * padding)]])
         positions = torch.tensor([[*places, *([self.cache.max_seq_len] * padding)]])
         return self._hidden(tokens.to(self.device), positions.to(self.device), self.cache.row(row))
@@ -97,15 +99,23 @@ class ModelRunner:
         self.positions[row] = position
         return token, logits
 
-    def decode(self) -> tuple[Tensor, Tensor]:
-        """One token for every row; idle rows run along -> tokens [B], logits [B, V]."""
-        plan = self.sampling.plan()
+    def decode(self, num_used: int) -> tuple[Tensor, Tensor]:
+        """One token for every row; idle rows run along -> tokens [B], logits [B, V].
+
+        No row holds more than `num_used` tokens when the step begins.
+        """
+        plan, bound = self.sampling.plan(), self._bound(num_used)
         self._warm_up(plan)
+        self.cache.bound.fill_(bound)
         if not (self.compiled and self.device.type == "cuda"):
             return self._decode(plan)
-        graph, tokens, logits = self._graph(plan)
+        graph, tokens, logits = self._graph(plan, bound)
         graph.replay()
         return tokens, logits
+
+    def _bound(self, num_used: int) -> int:
+        """`num_used` rounded up to a power of two, so that there are few CUDA graphs."""
+        return min(self.cache.max_seq_len, max(SMALLEST_BOUND, 1 << (num_used - 1).bit_length()))
 
     def _decode(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """The whole step, from last tokens to next ones, without the host."""
@@ -159,16 +169,16 @@ class ModelRunner:
         self._warm.add(plan)
         self.compile_s += perf_counter() - start
 
-    def _graph(self, plan: Plan) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _graph(self, plan: Plan, bound: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """The decode step as one CUDA graph. Capturing runs nothing, so no row is disturbed."""
-        if plan not in self._graphs:
+        if (plan, bound) not in self._graphs:
             start = perf_counter()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 tokens, logits = self._decode(plan)
-            self._graphs[plan] = graph, tokens, logits
+            self._graphs[plan, bound] = graph, tokens, logits
             self.compile_s += perf_counter() - start
-        return self._graphs[plan]
+        return self._graphs[plan, bound]
 
 
 def _run_block(block: nn.Module, *inputs: Any) -> Tensor:

@@ -204,12 +204,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(read_bytes(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is needed, found {type(value).__name__}")
     return value
+
+
+def read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error}); download it again") from error
 
 
 def read_bytes(path: Path) -> bytes:

@@ -1,0 +1,196 @@
+"""Named shapes: what published models look like, and random weights for them. For benchmarks and
+tests, which need sizes and speed, not sense.
+
+Knows the facts of a model and where its weights go; never reads or downloads one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptfast.config import ModelConfig
+from gptfast.device import DTYPES, check_fits
+from gptfast.families import Raw, find_family, model_config
+from gptfast.model import Transformer, fused_rows
+from quantize.formats import pack_linears
+
+# The random numbers that all weights repeat. A prime: no width divides it, so no two rows of a
+# weight are equal.
+BLOCK_SIZE = 1_048_573
+SHARD_BYTES = 1 << 30
+
+
+def shape_config(name: str) -> dict[str, Any]:
+    """The config.json of a named shape; ValueError with the names there are."""
+    if name not in SHAPES:
+        raise ValueError(f"shape {name!r} is unknown; use one of: {', '.join(SHAPES)}")
+    return dict(SHAPES[name])
+
+
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> Transformer:
+    """A model with random weights, each made directly in its final dtype and place.
+
+    The same seed gives the same numbers on every device. MemoryError says how much was needed.
+    """
+    device = torch.device(device)
+    check_fits(
+        config.num_parameters * dtype.itemsize,
+        device,
+        f"{config.num_parameters:,} random weights in {dtype}",
+        "use a smaller dtype or shape",
+    )
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name, tensor in random_weights(model, dtype, device, seed):
+        model.load_state_dict({name: tensor}, strict=False, assign=True)
+    model.tie_head()
+    pack_linears(model)
+    return model.to(device).eval()
+
+
+def random_weights(
+    model: Transformer, dtype: torch.dtype, device: torch.device, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values for the parameters of `model`, whose own values are not looked at.
+
+    A weight of K columns has deviation 1/sqrt(K), so that activations keep their size through any
+    number of layers; norms are one, biases small. Drawing 10^9 numbers takes many seconds, so one
+    block of them is drawn, and each weight repeats it from another place on: as fast as memory.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.randn(BLOCK_SIZE, generator=generator).to(device)
+    for name, parameter in list(model.named_parameters()):
+        shape = parameter.shape
+        if len(shape) == 1 and name.endswith(".weight"):
+            yield name, torch.ones(shape, dtype=dtype, device=device)
+            continue
+        scale = 0.02 if len(shape) == 1 else shape[-1] ** -0.5
+        start = int(torch.randint(BLOCK_SIZE, (), generator=generator))
+        numbers = (block.roll(-start) * scale).to(dtype)
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        for piece in tensor.view(-1).split(BLOCK_SIZE):
+            piece.copy_(numbers[: piece.numel()])
+        yield name, tensor
+
+
+def write_random_checkpoint(raw: Raw, folder: Path, dtype: torch.dtype, seed: int = 0) -> None:
+    """A Hugging Face folder (config.json, shards and their index) with the weights that
+    `random_model` makes. It has no tokenizer.
+    """
+    config, family = model_config(raw), find_family(raw)
+    with torch.device("meta"):
+        model = Transformer(config)
+    stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps({**raw, **stored}))
+    shard_of: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if shard:
+            name = f"model-{len(set(shard_of.values())) + 1:05}.safetensors"
+            save_file(shard, folder / name, metadata={"format": "pt"})
+            shard_of.update(dict.fromkeys(shard, name))
+            shard.clear()
+
+    for name, tensor in random_weights(model, dtype, torch.device("cpu"), seed):
+        names = family.source(name)
+        rows = fused_rows(config, name) if len(names) > 1 else None
+        parts = tensor.split(rows or tensor.size(0))
+        for theirs, part in zip(names, parts, strict=True):
+            shard[theirs] = (part.t() if family.is_transposed(name) else part).contiguous()
+        if sum(part.nbytes for part in shard.values()) >= SHARD_BYTES:
+            flush()
+    flush()
+    index = {"metadata": {}, "weight_map": shard_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def shape_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that was asked for; a shape's "auto" is bfloat16, whatever its model was trained
+    in.
+    """
+    return DTYPES["bf16"] if dtype is None else dtype
+
+
+def _llama(
+    dim: int, layers: int, heads: int, kv_heads: int, hidden: int, vocab: int, **others: Any
+) -> Mapping[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": hidden,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **others,
+    }
+
+
+def _gpt2(dim: int, layers: int, heads: int) -> Mapping[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_embd": dim,
+        "n_layer": layers,
+        "n_head": heads,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    }
+
+
+def _llama3(factor: float | None = None) -> dict[str, Any]:
+    """What Llama 3 models share; with a factor, the stretched positions of 3.1 and 3.2."""
+    common = {"bos_token_id": 128000, "eos_token_id": 128001, "rope_theta": 500000.0}
+    if factor is None:
+        return {**common, "max_position_embeddings": 8192}
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    return {**common, "max_position_embeddings": 131072, "rope_scaling": scaling}
+
+
+_TIED = {"tie_word_embeddings": True}
+_LLAMA_2 = {"max_position_embeddings": 4096}
+_SMOLLM2 = {"max_position_embeddings": 8192, "rope_theta": 100000.0, **_TIED}
+
+# name: config.json, without what benchmarks do not need. dim, layers, heads, KV heads, hidden, vocab
+SHAPES: dict[str, Mapping[str, Any]] = {
+    "smollm-135m": _llama(576, 30, 9, 3, 1536, 49152, **_TIED),
+    "smollm2-360m": _llama(960, 32, 15, 5, 2560, 49152, **_SMOLLM2),
+    "smollm2-1.7b": _llama(2048, 24, 32, 32, 8192, 49152, **_SMOLLM2 | {"rope_theta": 130000.0}),
+    "llama-160m": _llama(768, 12, 12, 12, 3072, 32000, rms_norm_eps=1e-6),
+    "tinyllama-1.1b": _llama(2048, 22, 32, 4, 5632, 32000),
+    "llama-2-7b": _llama(4096, 32, 32, 32, 11008, 32000, **_LLAMA_2),
+    "llama-2-13b": _llama(5120, 40, 40, 40, 13824, 32000, **_LLAMA_2),
+    "llama-2-70b": _llama(8192, 80, 64, 8, 28672, 32000, **_LLAMA_2),
+    "llama-3-8b": _llama(4096, 32, 32, 8, 14336, 128256, **_llama3()),
+    "llama-3.1-8b": _llama(4096, 32, 32, 8, 14336, 128256, **_llama3(8.0)),
+    "llama-3.1-70b": _llama(8192, 80, 64, 8, 28672, 128256, **_llama3(8.0)),
+    "llama-3.2-1b": _llama(2048, 16, 32, 8, 8192, 128256, head_dim=64, **_TIED, **_llama3(32.0)),
+    "llama-3.2-3b": _llama(3072, 28, 24, 8, 8192, 128256, head_dim=128, **_TIED, **_llama3(32.0)),
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
+}
