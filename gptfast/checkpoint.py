@@ -7,6 +7,7 @@ weights themselves.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; ValueError where it is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is needed, found a {type(value).__name__}")
@@ -68,10 +69,12 @@ def inspect(folder: Path) -> Checkpoint:
     """
     config, raw = read_config(folder)
     family, tensors = find_family(raw), TensorFiles(folder)
+    _check_size(config, tensors)
     with torch.device("meta"):
         model = Transformer(config)
     sources = _match(model, family, tensors)
-    return Checkpoint(folder, config, family, _stored_dtype(raw, tensors), tensors, sources)
+    dtype = _stored_dtype(raw, tensors, sources)
+    return Checkpoint(folder, config, family, dtype, tensors, sources)
 
 
 def load(
@@ -93,6 +96,7 @@ def load(
         f"{folder.name}: {source.config.num_parameters:,} weights in {chosen}",
         "use a smaller dtype or model",
     )
+    _check_tied_head(source)
     with torch.device("meta"):
         model = Transformer(source.config)
     for name, parameter in progress(list(model.named_parameters())):
@@ -113,7 +117,13 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = {path: _open(path) for path in _weight_files(folder)}
-        self._file_of = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+        self._file_of: dict[str, Path] = {}
+        for path, file in self._files.items():
+            for name in file.keys():  # noqa: SIM118
+                if name in self._file_of:
+                    both = f"{self._file_of[name].name} and {path.name}"
+                    raise ValueError(f"{folder}: tensor {name} is in both {both}; keep one of them")
+                self._file_of[name] = path
         _check_index(folder, self._file_of)
 
     @property
@@ -130,11 +140,15 @@ class TensorFiles:
     def _slice(self, name: str) -> Any:
         return self._files[self._file_of[name]].get_slice(name)
 
+    def tensor(self, name: str) -> Tensor:
+        """The numbers of one tensor, as stored."""
+        return self._files[self._file_of[name]].get_tensor(name)
+
     def read_into(self, target: Tensor, names: tuple[str, ...], transposed: bool = False) -> None:
         """Fills `target` with the tensors `names`, one below the other, converting as it copies."""
         offset = 0
         for name in names:
-            tensor = self._files[self._file_of[name]].get_tensor(name)
+            tensor = self.tensor(name)
             tensor = tensor.t() if transposed else tensor
             target[offset : offset + tensor.size(0)].copy_(tensor)
             offset += tensor.size(0)
@@ -147,7 +161,7 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise ValueError(f"{index}: there is no weight_map")
-        for shard in set(shards.values()):
+        for shard in shards.values():
             if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
                 raise ValueError(
                     f"{index}: shard {shard!r} is not a plain file name of this folder"
@@ -188,6 +202,16 @@ def _check_index(folder: Path, file_of: dict[str, Path]) -> None:
             raise ValueError(
                 f"{index}: tensors are not in the shards it names for them: {_some(wrong)}"
             )
+
+
+def _check_size(config: ModelConfig, tensors: TensorFiles) -> None:
+    """Stops at facts far beyond the files, before a model of that size is laid out."""
+    stored = sum(math.prod(tensors.shape(name)) for name in tensors.names)
+    if config.num_parameters > 100 * stored:
+        raise ValueError(
+            f"{tensors.folder}: config.json describes a model of {config.num_parameters:,} "
+            f"weights; the files hold {stored:,}"
+        )
 
 
 def _match(model: Transformer, family: Family, tensors: TensorFiles) -> dict[str, tuple[str, ...]]:
@@ -255,11 +279,29 @@ def _check_shapes(
             )
 
 
-def _stored_dtype(raw: dict[str, Any], tensors: TensorFiles) -> torch.dtype:
+def _check_tied_head(source: Checkpoint) -> None:
+    """A head stored beside a tied one must equal the embedding: which one to use would be a guess
+    (transformers 4 takes the embedding, 5 the head).
+    """
+    [embed] = source.sources["embed.weight"]
+    heads = source.family.source("head.weight") if source.config.tied_head else ()
+    for name in (prefix + head for prefix in source.family.prefixes for head in heads):
+        if name in source.tensors.names and not torch.equal(
+            source.tensors.tensor(name), source.tensors.tensor(embed)
+        ):
+            raise ValueError(
+                f"{source.folder}: config.json ties the head to the embedding, but {name} differs "
+                f"from {embed}; set tie_word_embeddings to false to use it, or remove it"
+            )
+
+
+def _stored_dtype(
+    raw: dict[str, Any], tensors: TensorFiles, sources: dict[str, tuple[str, ...]]
+) -> torch.dtype:
     named = raw.get("torch_dtype") or raw.get("dtype")
     if named in ("float32", "float16", "bfloat16"):
         return getattr(torch, named)
-    stored = {tensors.dtype(name) for name in tensors.names}
+    stored = {tensors.dtype(name) for names in sources.values() for name in names}
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(min(stored), torch.float32)
 
 

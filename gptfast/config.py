@@ -4,8 +4,9 @@ Knows no model family, no file and no tensor. Families fill it in (families.py),
 it (model.py).
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -33,7 +34,7 @@ class RopeConfig:
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.theta <= 0 or self.factor <= 0:
+        if not (self.theta > 0 and self.factor > 0):
             raise ValueError(
                 f"rope theta {self.theta} and factor {self.factor} must both be positive"
             )
@@ -43,6 +44,13 @@ class RopeConfig:
             raise ValueError(
                 f"llama3 rope scaling needs high_freq_factor ({self.high_freq_factor}) "
                 f"> low_freq_factor ({self.low_freq_factor})"
+            )
+        if self.scaling == "yarn" and not (
+            self.theta > 1 and self.beta_fast > 0 and self.beta_slow > 0
+        ):
+            raise ValueError(
+                f"yarn rope scaling needs theta ({self.theta}) above 1 and positive beta_fast "
+                f"({self.beta_fast}) and beta_slow ({self.beta_slow})"
             )
 
 
@@ -76,8 +84,15 @@ class ModelConfig:
             "vocab_size dim num_layers num_heads num_kv_heads head_dim hidden_dim max_seq_len"
         ).split():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; a positive whole number is needed")
+        for name in "gated_mlp tied_head qkv_bias out_bias mlp_bias".split():
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; true or false is needed")
+        if not (self.bos_token_id is None or _is_whole(self.bos_token_id)):
+            raise ValueError(f"bos_token_id is {self.bos_token_id!r}; a token id or null is needed")
+        if not all(map(_is_whole, self.eos_token_ids)):
+            raise ValueError(f"eos_token_ids are {self.eos_token_ids}; token ids are needed")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value "
@@ -85,8 +100,8 @@ class ModelConfig:
             )
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head size, found {self.head_dim}")
-        if not self.norm_eps >= 0:
-            raise ValueError(f"norm_eps is {self.norm_eps}; it must not be negative")
+        if not isinstance(self.norm_eps, int | float) or not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps is {self.norm_eps!r}; a number of at least 0 is needed")
 
     @property
     def num_parameters(self) -> int:
@@ -101,8 +116,19 @@ class ModelConfig:
         positions = 0 if self.rope is not None else self.max_seq_len * self.dim
         return embeddings + positions + self.num_layers * (attention + mlp + 2 * norm) + norm
 
+    @property
+    def prefixes_are_reusable(self) -> bool:
+        """Whether a cached key serves every longer text: not under dynamic rope, where keys depend
+        on the length of the text they were read with.
+        """
+        return self.rope is None or self.rope.scaling != "dynamic"
+
     def cache_bytes_per_token(self, element_size: int) -> int:
         """Bytes of keys and values that one token of one row occupies, at `element_size` bytes a
         number.
         """
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -281,6 +281,8 @@ class Engine:
             self._rows[request.row] = None
             # The newest token has not been through the model: its slot is not filled.
             self._cached[request.row] += request.token_ids[:-1]
+            if not self.model.config.prefixes_are_reusable:
+                self._cached[request.row] = []
             self.runner.stop_row(request.row)
         return Event(request.id, token_ids, request.stats, logprobs, reason)
 
@@ -339,5 +341,6 @@ def _token_logprob(
 ) -> tuple[TokenLogprob, ...]:
     if logprobs is None or wanted is None:
         return ()
-    chosen, top_values, top_ids = (tensor[index].tolist() for tensor in logprobs)
-    return (TokenLogprob(token, chosen, dict(zip(top_ids[:wanted], top_values, strict=False))),)
+    chosen, values, ids = logprobs
+    top = dict(zip(ids[index].tolist()[:wanted], values[index].tolist(), strict=False))
+    return (TokenLogprob(token, chosen[index].item(), top),)

@@ -68,7 +68,7 @@ def model_config(raw: Raw, generation: Raw | None = None) -> ModelConfig:
             f"config.json: {error.args[0]!r} is missing; {raw['model_type']!r} models need it"
         ) from None
     eos = (generation or {}).get("eos_token_id")
-    eos = raw.get("eos_token_id") if eos is None else eos
+    eos = raw.get("eos_token_id") if eos in (None, []) else eos
     return ModelConfig(
         model_type=raw["model_type"],
         bos_token_id=raw.get("bos_token_id"),
@@ -79,7 +79,7 @@ def model_config(raw: Raw, generation: Raw | None = None) -> ModelConfig:
 
 def find_family(raw: Raw) -> Family:
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(
             f"config.json: model_type {model_type!r} is not supported (supported: {known})"
@@ -87,13 +87,18 @@ def find_family(raw: Raw) -> Family:
     return FAMILIES[model_type]
 
 
-def _key(*keys: str) -> Fact:
+def _size(*keys: str) -> Fact:
     """The first of `keys` that is there and not null; KeyError of the first otherwise."""
 
-    def read(raw: Raw) -> Any:
+    def read(raw: Raw) -> int:
         for key in keys:
-            if raw.get(key) is not None:
-                return raw[key]
+            value = raw.get(key)
+            if value is not None:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ValueError(
+                        f"config.json: {key} = {value!r}; a positive whole number is needed"
+                    )
+                return value
         raise KeyError(keys[0])
 
     return read
@@ -110,15 +115,20 @@ def _constant(value: Any) -> Fact:
 
 def _head_dim(raw: Raw) -> int:
     if raw.get("head_dim") is not None:
-        return raw["head_dim"]
-    dim, heads = raw["hidden_size"], raw["num_attention_heads"]
-    return _divided(dim, heads, "hidden_size", "num_attention_heads")
+        return _size("head_dim")(raw)
+    return _quotient("hidden_size", "num_attention_heads")(raw)
 
 
-def _divided(dim: int, heads: int, dim_key: str, heads_key: str) -> int:
-    if dim % heads:
-        raise ValueError(f"config.json: {dim_key} {dim} is not a multiple of {heads_key} {heads}")
-    return dim // heads
+def _quotient(dim_key: str, heads_key: str) -> Fact:
+    def read(raw: Raw) -> int:
+        dim, heads = _size(dim_key)(raw), _size(heads_key)(raw)
+        if dim % heads:
+            raise ValueError(
+                f"config.json: {dim_key} {dim} is not a multiple of {heads_key} {heads}"
+            )
+        return dim // heads
+
+    return read
 
 
 ACTIVATION_NAMES: dict[str, Activation] = {
@@ -135,7 +145,7 @@ ACTIVATION_NAMES: dict[str, Activation] = {
 def _activation(key: str, default: str) -> Fact:
     def read(raw: Raw) -> Activation:
         name = raw.get(key, default)
-        if name not in ACTIVATION_NAMES:
+        if not isinstance(name, str) or name not in ACTIVATION_NAMES:
             raise ValueError(
                 f"config.json: {key} = {name!r} is not supported "
                 f"(supported: {', '.join(ACTIVATION_NAMES)})"
@@ -149,8 +159,14 @@ def _rope_parameters(raw: Raw) -> dict[str, Any]:
     """`rope_theta` + `rope_scaling` (until transformers 4) and `rope_parameters` (since 5), as one
     dict.
     """
-    scaling = raw.get("rope_scaling") or {}
-    merged = {"rope_theta": raw.get("rope_theta"), **scaling, **(raw.get("rope_parameters") or {})}
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(
+            f"config.json: rope scaling {scaling!r} is not an object with a 'rope_type'"
+        )
+    merged = {"rope_theta": raw.get("rope_theta"), **scaling}
+    if raw.get("original_max_position_embeddings") is not None:  # transformers prefers this one
+        merged["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     # Before transformers 4.45 the rule's name stood under "type".
     merged["rope_type"] = merged.get("rope_type") or merged.get("type") or "default"
     return merged
@@ -160,7 +176,7 @@ def _rope(raw: Raw) -> RopeConfig:
     """RopeConfig by the definitions of transformers' modeling_rope_utils."""
     rope = _rope_parameters(raw)
     kind = rope["rope_type"]
-    theta = float(rope["rope_theta"] or 10000.0)
+    theta = _number(rope, "rope_theta", 10000.0)
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError("config.json: rope_parameters: partial_rotary_factor is not supported")
     if kind == "default":
@@ -170,28 +186,25 @@ def _rope(raw: Raw) -> RopeConfig:
             f"config.json: rope scaling {kind!r} is not supported "
             "(supported: linear, dynamic, llama3, yarn)"
         )
-    factor, trained = rope.get("factor"), raw["max_position_embeddings"]
-    original = rope.get("original_max_position_embeddings") or trained
-    if factor is None and kind == "yarn":
-        factor = trained / original
-    if factor is None:
-        raise ValueError(f"config.json: rope scaling {kind!r} needs 'factor'")
-    settings: dict[str, Any] = {"scaling": kind, "factor": float(factor)}
+    trained = _size("max_position_embeddings")(raw)
+    original = _original_context(raw, rope)
+    factor = _number(rope, "factor", trained / original if kind == "yarn" else None)
+    settings: dict[str, Any] = {"scaling": kind, "factor": factor}
     if kind == "dynamic":
         settings |= {"original_max_seq_len": trained}
     elif kind == "llama3":
         settings |= {
             "original_max_seq_len": original,
-            "low_freq_factor": rope["low_freq_factor"],
-            "high_freq_factor": rope["high_freq_factor"],
+            "low_freq_factor": _number(rope, "low_freq_factor"),
+            "high_freq_factor": _number(rope, "high_freq_factor"),
         }
     elif kind == "yarn":
         settings |= {
             "original_max_seq_len": original,
-            "beta_fast": rope.get("beta_fast") or 32.0,
-            "beta_slow": rope.get("beta_slow") or 1.0,
-            "truncate": rope.get("truncate", True),
-            "attention_factor": _yarn_attention_factor(rope, float(factor)),
+            "beta_fast": _number(rope, "beta_fast", 32.0) or 32.0,
+            "beta_slow": _number(rope, "beta_slow", 1.0) or 1.0,
+            "truncate": bool(rope.get("truncate", True)),
+            "attention_factor": _yarn_attention_factor(rope, factor),
         }
     return RopeConfig(theta, **settings)
 
@@ -201,22 +214,40 @@ def _yarn_attention_factor(rope: Raw, factor: float) -> float:
         return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0
 
     if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return magnitude(factor, rope["mscale"]) / magnitude(factor, rope["mscale_all_dim"])
+        return _number(rope, "attention_factor")
+    mscale, all_dim = _number(rope, "mscale", 0.0), _number(rope, "mscale_all_dim", 0.0)
+    if mscale and all_dim:
+        return magnitude(factor, mscale) / magnitude(factor, all_dim)
     return magnitude(factor)
+
+
+def _number(rope: Raw, key: str, default: float | None = None) -> float:
+    value = default if rope.get(key) is None else rope[key]
+    # The comparison is also false for NaN; beyond it float32 has no numbers.
+    if not isinstance(value, int | float) or not abs(value) < 3e38:
+        raise ValueError(
+            f"config.json: {key} = {value!r} for rope type {rope['rope_type']!r}; "
+            "a number is needed"
+        )
+    return float(value)
+
+
+def _original_context(raw: Raw, rope: Raw) -> int:
+    """Tokens of context that the frequencies were trained for, before scaling."""
+    if rope.get("original_max_position_embeddings") is None:
+        return _size("max_position_embeddings")(raw)
+    return _size("original_max_position_embeddings")(rope)
 
 
 def _context(raw: Raw) -> int:
     """Tokens of context: what config.json says, stretched by the rules that leave the stretching to
     the reader.
     """
-    rope, trained = _rope_parameters(raw), raw["max_position_embeddings"]
+    rope, trained = _rope_parameters(raw), _size("max_position_embeddings")(raw)
     if rope["rope_type"] in ("linear", "dynamic"):
-        return int(trained * rope.get("factor", 1))
-    if rope["rope_type"] == "yarn" and rope.get("factor") is not None:
-        original = rope.get("original_max_position_embeddings") or trained
-        return max(trained, int(original * rope["factor"]))
+        return int(trained * _number(rope, "factor"))
+    if rope["rope_type"] == "yarn":
+        return max(trained, int(_original_context(raw, rope) * _number(rope, "factor", 0.0)))
     return trained
 
 
@@ -224,13 +255,13 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         examples="Llama 1, 2, 3, 3.1, 3.2, CodeLlama, TinyLlama, SmolLM, OpenLLaMA, Vicuna",
         facts={
-            "vocab_size": _key("vocab_size"),
-            "dim": _key("hidden_size"),
-            "num_layers": _key("num_hidden_layers"),
-            "num_heads": _key("num_attention_heads"),
-            "num_kv_heads": _key("num_key_value_heads", "num_attention_heads"),
+            "vocab_size": _size("vocab_size"),
+            "dim": _size("hidden_size"),
+            "num_layers": _size("num_hidden_layers"),
+            "num_heads": _size("num_attention_heads"),
+            "num_kv_heads": _size("num_key_value_heads", "num_attention_heads"),
             "head_dim": _head_dim,
-            "hidden_dim": _key("intermediate_size"),
+            "hidden_dim": _size("intermediate_size"),
             "max_seq_len": _context,
             "norm": _constant("rms"),
             "norm_eps": _optional("rms_norm_eps", 1e-6),
@@ -267,14 +298,14 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         examples="GPT-2, DistilGPT2, Cerebras-GPT, DLite",
         facts={
-            "vocab_size": _key("vocab_size"),
-            "dim": _key("n_embd"),
-            "num_layers": _key("n_layer"),
-            "num_heads": _key("n_head"),
-            "num_kv_heads": _key("n_head"),
-            "head_dim": lambda raw: _divided(raw["n_embd"], raw["n_head"], "n_embd", "n_head"),
+            "vocab_size": _size("vocab_size"),
+            "dim": _size("n_embd"),
+            "num_layers": _size("n_layer"),
+            "num_heads": _size("n_head"),
+            "num_kv_heads": _size("n_head"),
+            "head_dim": _quotient("n_embd", "n_head"),
             "hidden_dim": lambda raw: raw.get("n_inner") or 4 * raw["n_embd"],
-            "max_seq_len": _key("n_positions", "n_ctx"),
+            "max_seq_len": _size("n_positions", "n_ctx"),
             "norm": _constant("layer"),
             "norm_eps": _optional("layer_norm_epsilon", 1e-5),
             "activation": _activation("activation_function", "gelu_new"),

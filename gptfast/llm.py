@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -337,9 +337,6 @@ def _one_each(
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt (a text, or a list of ids) or many, as a list of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = list(prompts)  # type: ignore[arg-type]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+    if isinstance(prompts, str) or (prompts and all(isinstance(item, int) for item in prompts)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))

@@ -150,9 +150,9 @@ class Attention(nn.Module):
         if cos_sin is not None:
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)  # [B, T, H or H_kv, D]
         if cache is None:
-            y = F.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
-            ).transpose(1, 2)  # [B, T, H, D]
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = y.transpose(1, 2)  # [B, T, H, D]
         else:
             rows = torch.arange(x.size(0), device=x.device).unsqueeze(1)  # [B, 1]
             # index_put stays in place under Inductor; scatter_ copies the whole cache (measured).

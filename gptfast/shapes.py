@@ -65,19 +65,27 @@ def random_weights(
     block of them is drawn, and each weight repeats it from another place on: as fast as memory.
     """
     generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(BLOCK_SIZE, generator=generator).to(device)
+    block = torch.randn(BLOCK_SIZE, generator=generator).to(device).repeat(2)
     for name, parameter in list(model.named_parameters()):
-        shape = parameter.shape
-        if len(shape) == 1 and name.endswith(".weight"):
-            yield name, torch.ones(shape, dtype=dtype, device=device)
-            continue
-        scale = 0.02 if len(shape) == 1 else shape[-1] ** -0.5
-        start = int(torch.randint(BLOCK_SIZE, (), generator=generator))
-        numbers = (block.roll(-start) * scale).to(dtype)
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        for piece in tensor.view(-1).split(BLOCK_SIZE):
-            piece.copy_(numbers[: piece.numel()])
+        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        if tensor.dim() == 1 and name.endswith(".weight"):
+            tensor.fill_(1.0)
+        else:
+            scale = 0.02 if tensor.dim() == 1 else tensor.size(-1) ** -0.5
+            start = int(torch.randint(BLOCK_SIZE, (), generator=generator))
+            _tile(tensor, (block[start : start + BLOCK_SIZE] * scale).to(dtype))
         yield name, tensor
+
+
+def _tile(tensor: Tensor, numbers: Tensor) -> None:
+    """Fills `tensor` with `numbers` over and over."""
+    flat = tensor.view(-1)
+    whole = flat.numel() // numbers.numel()
+    if whole:
+        tiles = flat[: whole * numbers.numel()].view(whole, -1)
+        tiles.copy_(numbers.expand_as(tiles))
+    rest = flat[whole * numbers.numel() :]
+    rest.copy_(numbers[: rest.numel()])
 
 
 def write_random_checkpoint(raw: Raw, folder: Path, dtype: torch.dtype, seed: int = 0) -> None:

@@ -499,6 +499,22 @@ def test_added_tokens_of_another_model(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": {"five": {"content": "<x>"}}},
+        {"added_tokens_decoder": {"5": "<x>"}},
+        {"added_tokens_decoder": [1]},
+        {"additional_special_tokens": 3},
+    ],
+)
+def test_malformed_declarations(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_tiktoken(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", config)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_split_patterns_are_never_guessed(tmp_path: Path) -> None:
     for name, write in (("json", write_vocab_and_merges), ("model", write_tiktoken)):
         folder = tmp_path / name

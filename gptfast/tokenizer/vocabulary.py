@@ -74,28 +74,15 @@ class Declared:
     def read(cls, folder: Path) -> "Declared":
         config = read_json(folder / "special_tokens_map.json")
         config |= read_json(folder / "tokenizer_config.json")
-        names = {_content(config.get(key)) for key in SINGLE_NAMES}
-        for key in LISTS_OF_NAMES:
-            values = config.get(key) or []
-            values = values.values() if isinstance(values, dict) else values
-            names |= {_content(value) for value in values}
-        special_names = frozenset(name for name in names if name)
-        entries: dict[int, dict[str, Any]] = {
-            int(token_id): {"content": content}
-            for content, token_id in read_json(folder / "added_tokens.json").items()
-        }
-        entries |= {int(i): entry for i, entry in config.get("added_tokens_decoder", {}).items()}
-        tokens = tuple(
-            AddedToken(
-                content=entry["content"],
-                id=token_id,
-                special=entry.get("special", False) or entry["content"] in special_names,
-                lstrip=entry.get("lstrip", False),
-                rstrip=entry.get("rstrip", False),
-            )
-            for token_id, entry in sorted(entries.items())
-        )
-        return cls(config, tokens, special_names)
+        added = read_json(folder / "added_tokens.json")
+        try:
+            names = _special_names(config)
+            return cls(config, _declared_tokens(config, added, names), names)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: added tokens in tokenizer_config.json, special_tokens_map.json or "
+                f"added_tokens.json are not in the form of transformers ({error!r})"
+            ) from error
 
     @property
     def tokenizer_class(self) -> str | None:
@@ -106,6 +93,33 @@ class Declared:
     def name(self, key: str, default: str | None) -> str | None:
         """The token named by a key; an explicit null means none, only a missing key the default."""
         return _content(self.config[key]) if key in self.config else default
+
+
+def _special_names(config: dict[str, Any]) -> frozenset[str]:
+    names = [_content(config.get(key)) for key in SINGLE_NAMES]
+    for key in LISTS_OF_NAMES:
+        values = config.get(key) or []
+        names += map(_content, values.values() if isinstance(values, dict) else values)
+    return frozenset(name for name in names if name)
+
+
+def _declared_tokens(
+    config: dict[str, Any], added: dict[str, int], special_names: frozenset[str]
+) -> tuple[AddedToken, ...]:
+    """added_tokens.json is the older form; added_tokens_decoder replaces what it says."""
+    entries: dict[int, dict[str, Any]] = {int(i): {"content": name} for name, i in added.items()}
+    decoder = config.get("added_tokens_decoder") or {}
+    entries |= {int(token_id): entry for token_id, entry in decoder.items()}
+    return tuple(
+        AddedToken(
+            content=str(entry["content"]),
+            id=token_id,
+            special=entry.get("special", False) or entry["content"] in special_names,
+            lstrip=entry.get("lstrip", False),
+            rstrip=entry.get("rstrip", False),
+        )
+        for token_id, entry in sorted(entries.items())
+    )
 
 
 def assemble(
