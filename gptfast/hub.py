@@ -2,6 +2,7 @@
 Hugging Face id.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -21,10 +22,11 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
     """
     if str(model) in BUNDLED:
         return BUNDLED[str(model)]
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    # os.path: pathlib raises where a name is too long, or "~nobody" is not there.
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise ValueError(f"{folder} is a file; a model is a folder with a config.json, or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
         raise ValueError(
@@ -40,12 +42,13 @@ def _download(model: str, revision: str | None) -> Path:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    # The second base is that of all errors of the client's HTTP library (requests, httpx or httpx2,
+    # by release), which raises its own when a connection breaks off.
+    network_errors: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
         path = snapshot_download(
             model,
@@ -65,7 +68,7 @@ def _download(model: str, revision: str | None) -> Path:
         raise ValueError(f"hub model {model!r} has no revision {revision!r}") from None
     except HFValidationError as error:
         raise ValueError(f"no model {model!r}: there is no such folder, and {error}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except network_errors as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"no model {model!r}: there is no such folder, it is not in the local cache, and the "

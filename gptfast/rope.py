@@ -91,7 +91,7 @@ def _yarn(inv_freq: Tensor, config: RopeConfig) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     pairs = torch.arange(dim // 2, dtype=torch.float32, device=inv_freq.device)
-    interpolate = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    interpolate = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)
     return interpolate * inv_freq / config.factor + (1 - interpolate) * inv_freq
 
 

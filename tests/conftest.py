@@ -13,8 +13,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The models are tiny: more threads only wait for each other.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # The models are tiny: threads would only wait for each other.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,8 +30,9 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `gptfast ARGV` (default: the process's own arguments) and return its exit code.
 
-    A ValueError, OSError or MemoryError is the user's: one line on stderr and exit code 2, or the
-    traceback where GPTFAST_TRACEBACK=1. Every other exception is a defect and passes through.
+    A ValueError, OSError or MemoryError is the user's, and so is torch running out of memory: one
+    line on stderr and exit code 2, or the traceback where GPTFAST_TRACEBACK=1. Every other
+    exception is a defect and passes through.
     """
     try:
         try:
@@ -44,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has left. Python flushes stdout once more at exit: let it succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (ValueError, OSError, MemoryError) as error:
-        if os.environ.get("GPTFAST_TRACEBACK") == "1":
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        defect = isinstance(error, RuntimeError) and not _is_out_of_memory(error)
+        if defect or os.environ.get("GPTFAST_TRACEBACK") == "1":
             raise
         print(f"gptfast: error: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -103,6 +105,12 @@ commands:
 options:
   --help     show this message; `gptfast COMMAND --help` shows a command's options
   --version  show the version"""
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own complaint, which says how much was asked for; CUDA's type, or a CPU's words."""
+    words = ("CUDA out of memory", "not enough memory", "can't allocate memory")
+    return any(word in str(error) for word in words)
 
 
 def _one_line(error: Exception) -> str:
