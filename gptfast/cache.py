@@ -48,13 +48,19 @@ class KVCache:
         shape = (num_rows, config.num_kv_heads, max_seq_len + 1, config.head_dim)
 
         def slots() -> Tensor:
-            tensor = torch.zeros(shape, dtype=dtype, device=device)
-            torch._dynamo.mark_static_address(tensor)
-            return tensor
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         bound = torch.tensor(max_seq_len, device="cpu")
         layers = tuple(LayerCache(slots(), slots(), bound) for _ in range(config.num_layers))
         return KVCache(layers, torch.zeros(num_rows, dtype=torch.int64, device=device))
+
+    def mark_static(self) -> None:
+        """Tells the compiler that these addresses never change. Imports it, which takes a second:
+        nothing that runs eagerly should.
+        """
+        for layer in self.layers:
+            torch._dynamo.mark_static_address(layer.keys)
+            torch._dynamo.mark_static_address(layer.values)
 
     @property
     def num_rows(self) -> int:

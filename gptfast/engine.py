@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gptfast.config import ModelConfig
 from gptfast.device import check_fits, free_memory
 from gptfast.model import Transformer
 from gptfast.runner import LARGEST_PIECE, ModelRunner
@@ -78,6 +79,7 @@ class _InFlight:
     requests: Sequence[Request | None]
     logprobs: tuple[Tensor, Tensor, Tensor] | None
     ready: torch.cuda.Event | None
+    is_decode: bool
 
 
 class Engine:
@@ -95,8 +97,7 @@ class Engine:
         max_seq_len: int | None = None,
         compile: bool = False,
     ) -> None:
-        if num_rows < 1:
-            raise ValueError(f"number of rows (batch size) is {num_rows}; at least 1 is needed")
+        check_sizes(model.config, num_rows, max_seq_len)
         self.model, self.num_rows = model, num_rows
         self.max_seq_len = _context_length(model, num_rows, max_seq_len)
         self.runner = ModelRunner(model, num_rows, self.max_seq_len, compile)
@@ -113,7 +114,18 @@ class Engine:
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         """Queues a prompt and returns the id its events will carry. ValueError if it cannot run."""
-        config, ids = self.model.config, list(prompt_ids)
+        self.check(prompt_ids, params)
+        ids, room = list(prompt_ids), self.max_seq_len - len(prompt_ids)
+        budget = room if params.max_new_tokens is None else min(room, params.max_new_tokens)
+        seed = secrets.randbits(62) if params.seed is None else params.seed
+        request = Request(self._next_id, ids, params, seed, budget, RequestStats(len(ids)))
+        self._next_id += 1
+        self._queue.append(request)
+        return request.id
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """ValueError where `submit` would refuse."""
+        config, ids = self.model.config, prompt_ids
         if not ids:
             raise ValueError("the prompt has no tokens; at least one is needed")
         for token in ids:
@@ -127,13 +139,6 @@ class Engine:
                 f"(max_seq_len; the model allows {config.max_seq_len}); shorten the prompt"
             )
         params.validate_for(config.vocab_size)
-        room = self.max_seq_len - len(ids)
-        budget = room if params.max_new_tokens is None else min(room, params.max_new_tokens)
-        seed = secrets.randbits(62) if params.seed is None else params.seed
-        request = Request(self._next_id, ids, params, seed, budget, RequestStats(len(ids)))
-        self._next_id += 1
-        self._queue.append(request)
-        return request.id
 
     def cancel(self, request_id: int) -> Event | None:
         """Ends a request where it stands and frees its row; None where it is not running."""
@@ -147,7 +152,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._queue or self._in_flight or any(self._rows))
+        # Tokens on their way belong to requests in rows, or to ones that have ended.
+        return bool(self._queue or any(self._rows))
 
     def forget(self) -> None:
         """Drops what idle rows remember of earlier prompts, so that the next one is read whole."""
@@ -162,12 +168,14 @@ class Engine:
         """One turn: fill free rows, read a piece of prompt, decode a token a row, report."""
         events = self._admit()
         self._prefill()
-        decoding = any(request is not None and request.decoding for request in self._rows)
+        events += self._arrived(self._lag)
+        decoding = [request for request in self._rows if request is not None and request.decoding]
+        served = {event.request_id for event in events}
+        if events and all(request.id in served for request in decoding):
+            return events  # a first token goes out before the next one is begun
         if decoding:
             self._decode()
-        while len(self._in_flight) > (self._lag if decoding else 0):
-            events += self._read(self._in_flight.popleft())
-        return events
+        return events + self._arrived(self._lag if decoding else 0)
 
     def _admit(self) -> list[Event]:
         """Gives free rows to waiting requests: each gets the row that holds most of its prompt."""
@@ -209,7 +217,7 @@ class Engine:
         self._cached[row] += piece
         if request.num_prefilled == len(request.prompt_ids):
             tokens, logits = self.runner.first_token(hidden, len(piece) - 1, row)
-            self._send(tokens, logits, [request])
+            self._send(tokens, logits, [request], is_decode=False)
         return len(piece)
 
     def _decode(self) -> None:
@@ -217,7 +225,7 @@ class Engine:
         requests = [r if r is not None and r.decoding else None for r in self._rows]
         used = max(len(r.prompt_ids) + r.num_dispatched for r in requests if r)
         tokens, logits = self.runner.decode(used)
-        self._send(tokens, logits, requests)
+        self._send(tokens, logits, requests, is_decode=True)
         compiling = self.runner.compile_s - compile_s
         self.counters.seconds += perf_counter() - start - compiling
         self.counters.num_tokens += sum(request is not None for request in requests)
@@ -225,10 +233,17 @@ class Engine:
 
     # -- from the device to events --
 
-    def _send(self, tokens: Tensor, logits: Tensor, requests: Sequence[Request | None]) -> None:
+    def _send(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        requests: Sequence[Request | None],
+        is_decode: bool,
+    ) -> None:
         """Starts the copy of sampled tokens to the host."""
         wanted = [r.params.logprobs for r in requests if r and r.params.logprobs is not None]
-        logprobs = token_logprobs(logits, tokens, max(wanted)) if wanted else None
+        most = min(max(wanted, default=0), logits.size(-1))
+        logprobs = token_logprobs(logits, tokens, most) if wanted else None
         ready = None
         if self.device.type == "cuda":
             pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -237,7 +252,14 @@ class Engine:
             ready.record()
         for request in filter(None, requests):
             request.num_dispatched += 1
-        self._in_flight.append(_InFlight(tokens, requests, logprobs, ready))
+        self._in_flight.append(_InFlight(tokens, requests, logprobs, ready, is_decode))
+
+    def _arrived(self, lag: int) -> list[Event]:
+        """Events of the steps that have been sent, but for the newest `lag` of them."""
+        events = []
+        while len(self._in_flight) > lag:
+            events += self._read(self._in_flight.popleft())
+        return events
 
     def _read(self, sent: _InFlight) -> list[Event]:
         """Turns tokens that have arrived into events; finishes requests that end with them."""
@@ -245,7 +267,8 @@ class Engine:
         if sent.ready is not None:
             sent.ready.synchronize()
         tokens, now = sent.tokens.tolist(), perf_counter()
-        self.counters.seconds += now - start
+        if sent.is_decode:  # a first token is waited for with its prompt
+            self.counters.seconds += now - start
         events = []
         for index, (token, request) in enumerate(zip(tokens, sent.requests, strict=True)):
             if request is None or request.finished:
@@ -310,24 +333,34 @@ class Engine:
                 yield self.model.logits(hidden[:, : len(piece)])[0]
 
 
+def check_sizes(config: ModelConfig, num_rows: int, max_seq_len: int | None) -> None:
+    """ValueError where an engine of these sizes would refuse them, whatever memory is free."""
+    if num_rows < 1:
+        raise ValueError(f"number of rows (batch size) is {num_rows}; at least 1 is needed")
+    if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
+        raise ValueError(
+            f"max_seq_len is {max_seq_len}; this model allows 1 to {config.max_seq_len}"
+        )
+
+
 def _context_length(model: Transformer, num_rows: int, asked: int | None) -> int:
     """Slots for each row: what was asked, if it fits, or what facts and free memory allow."""
-    config, weight = model.config, model.embed.weight
-    per_token = num_rows * config.cache_bytes_per_token(weight.element_size())
-    if asked is None:
-        free = free_memory(weight.device)
-        # Leave a tenth for activations.
-        fits = config.max_seq_len if free is None else int(0.9 * free) // per_token
-        return max(1, min(config.max_seq_len, fits))
-    if not 1 <= asked <= config.max_seq_len:
-        raise ValueError(f"max_seq_len is {asked}; this model allows 1 to {config.max_seq_len}")
+    config, device = model.config, model.embed.weight.device
+    per_token = num_rows * config.cache_bytes_per_token(model.embed.weight.element_size())
+    # Beside the cache a row holds, for each token of the vocabulary, a bias, a count and a flag.
+    others = per_token + num_rows * config.vocab_size * (4 + 4 + 1)  # the spare slot among them
+    free = free_memory(device)
+    fits = config.max_seq_len
+    if asked is None and free is not None:  # leave a tenth for activations
+        fits = max(1, min(fits, (int(0.9 * free) - others) // per_token))
+    context = fits if asked is None else asked
     check_fits(
-        asked * per_token,
-        weight.device,
-        f"a cache of {num_rows} x {asked} tokens",
+        context * per_token + others,
+        device,
+        f"a cache of {num_rows} x {context} tokens",
         "lower max_seq_len or the batch size",
     )
-    return asked
+    return context
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gptfast.chat import encode_chat, find_template
-from gptfast.checkpoint import Progress, load
+from gptfast.checkpoint import Progress, load, read_config
 from gptfast.device import parse_device, peak_memory
-from gptfast.engine import Engine, FinishReason, TokenLogprob
+from gptfast.engine import Engine, FinishReason, TokenLogprob, check_sizes
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.sampling import SamplingParams
 from gptfast.stats import RequestStats, RunStats
@@ -112,16 +112,17 @@ class LLM:
             raise ValueError(f"quant {quant!r} is not known to this version; leave it out")
         start = perf_counter()
         self.folder = find_model(model, revision)
+        self.config, _ = read_config(self.folder)
+        check_sizes(self.config, 1 if batch_size is None else batch_size, max_seq_len)
         self.tokenizer = load_tokenizer(self.folder)
-        self.model = load(self.folder, dtype, parse_device(device), progress)
-        self.config = self.model.config
         self.chat_template = find_template(self.folder)
+        # Last, so that what else may be wrong is said before gigabytes are read.
+        self.model = load(self.folder, dtype, parse_device(device), progress)
         self.load_s = perf_counter() - start
         self._batch_size, self._max_seq_len, self._compile = batch_size, max_seq_len, compile
-        self.engine = self._build_engine(batch_size or 1)
+        self.engine = self._build_engine(1 if batch_size is None else batch_size)
 
-    # ---- text ------------------------------------------------------------------------------------
-    # -----------------
+    # -- text --
 
     def generate(
         self,
@@ -157,14 +158,18 @@ class LLM:
         each = _one_each(prompts, params)
         if any(p.stop for p in each):
             self._need_tokenizer()
+        work = [
+            (ids, replace(p, n=1, seed=None if p.seed is None else (p.seed + copy) % 2**63))
+            for ids, p in zip(map(self.encode, prompts), each, strict=True)
+            for copy in range(p.n)
+        ]
+        num_rows = min(len(work), DEFAULT_MAX_ROWS)
+        if self._batch_size is None and self.engine.num_rows < num_rows:
+            self.engine = self._build_engine(num_rows)
         # Bad input is met here, before the first chunk is asked for.
-        return self._run(
-            [
-                (ids, replace(p, n=1, seed=None if p.seed is None else p.seed + copy))
-                for ids, p in zip(map(self.encode, prompts), each, strict=True)
-                for copy in range(p.n)
-            ]
-        )
+        for ids, p in work:
+            self.engine.check(ids, p)
+        return self._run(self.engine, work)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Output:
         """The next message of a conversation of {"role", "content"}; what earlier turns cached is
@@ -202,8 +207,7 @@ class LLM:
             )
         return encode_chat(self._need_tokenizer(), self.chat_template, list(messages))
 
-    # ---- numbers ---------------------------------------------------------------------------------
-    # -----------------
+    # -- numbers --
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits [T, V], float32, on the CPU: row t predicts token t + 1."""
@@ -214,7 +218,7 @@ class LLM:
         CPU.
         """
         ids, start = list(token_ids), 0
-        targets = torch.tensor(ids[1:], device=self.engine.device)
+        targets = torch.tensor(ids[1:], dtype=torch.int64, device=self.engine.device)
         scores = []
         for piece in self.engine.all_logits(ids):  # [t, V]
             wanted = targets[start : start + piece.size(0)].unsqueeze(1)
@@ -240,13 +244,13 @@ class LLM:
             device_bandwidth=device_bandwidth,
         )
 
-    # ---- how it runs
-    # ----------------------------------------------------------------------------------------------
+    # -- how it runs --
 
-    def _run(self, work: Sequence[tuple[list[int], SamplingParams]]) -> Iterator[Chunk]:
-        if self._batch_size is None and self.engine.num_rows < min(len(work), DEFAULT_MAX_ROWS):
-            self.engine = self._build_engine(min(len(work), DEFAULT_MAX_ROWS))
-        engine = self.engine
+    def _run(
+        self, engine: Engine, work: Sequence[tuple[list[int], SamplingParams]]
+    ) -> Iterator[Chunk]:
+        if engine.has_work:  # its events would be taken from whoever waits for them
+            raise RuntimeError("another stream of this LLM is running; finish or close it first")
         if self._compile:
             engine.runner.warm_up([params for _, params in work])
         engine.counters.reset()

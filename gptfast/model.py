@@ -33,8 +33,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.positions = nn.Embedding(config.max_seq_len, config.dim) if not config.rope else None
+        self.embed = _table(config.vocab_size, config.dim)
+        self.positions = _table(config.max_seq_len, config.dim) if not config.rope else None
         self.rope = Rope(config.rope, config.head_dim) if config.rope else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = build_norm(config)
@@ -213,6 +213,13 @@ def fused_rows(config: ModelConfig, name: str) -> tuple[int, ...] | None:
     if ".mlp.gate_up." in name:
         return config.hidden_dim, config.hidden_dim
     return None
+
+
+def _table(num_rows: int, dim: int) -> nn.Embedding:
+    """An embedding without numbers: its own initialisation imports the compiler where it meets the
+    meta device, and that takes a second.
+    """
+    return nn.Embedding(num_rows, dim, _weight=torch.empty(num_rows, dim))
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

@@ -47,6 +47,7 @@ class ModelRunner:
         self._warm: set[Plan] = set()
         self._graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         if compile:
+            self.cache.mark_static()
             # Isolated: other runners of the process do not count towards the recompilation limit.
             options: dict[str, Any] = {"isolate_recompiles": True, "fullgraph": True}
             if self.device.type == "cuda":
@@ -158,14 +159,16 @@ class ModelRunner:
         start = perf_counter()
         if not self._warm:
             self.prefill([], 0, 0)
-        # A prompt's first token is sampled for its row alone.
-        alone = (self.cache.row(0), self.sampling.row(0))
-        for cache, state in (alone, (self.cache, self.sampling))[self.cache.num_rows == 1 :]:
+        # A prompt's first token is sampled for its row alone. Positions as the steps pass them, a
+        # view or not: the compiler looks at the tensor behind a view, and would compile again.
+        alone = (self.cache.row(0), self.sampling.row(0), self.cache.lengths[:1])
+        together = (self.cache, self.sampling, self.positions[:, 0] + 1)
+        for cache, state, places in (alone, together)[self.cache.num_rows == 1 :]:
             tokens = torch.zeros(cache.num_rows, 1, dtype=torch.int64, device=self.device)
             hidden = self.model.embed(tokens)
             if cache is self.cache:
                 hidden = self._hidden(tokens, torch.full_like(tokens, cache.max_seq_len), cache)
-            self._sample(self._logits(hidden)[:, 0], state, tokens[:, 0], plan)
+            self._sample(self._logits(hidden)[:, 0], state, places, plan)
         self._warm.add(plan)
         self.compile_s += perf_counter() - start
 

@@ -182,7 +182,7 @@ _TIED = {"tie_word_embeddings": True}
 _LLAMA_2 = {"max_position_embeddings": 4096}
 _SMOLLM2 = {"max_position_embeddings": 8192, "rope_theta": 100000.0, **_TIED}
 
-# name: config.json, without what benchmarks do not need. dim, layers, heads, KV heads, hidden, vocab
+# Name: config.json, as far as it decides sizes and mathematics.
 SHAPES: dict[str, Mapping[str, Any]] = {
     "smollm-135m": _llama(576, 30, 9, 3, 1536, 49152, **_TIED),
     "smollm2-360m": _llama(960, 32, 15, 5, 2560, 49152, **_SMOLLM2),

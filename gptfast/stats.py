@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from gptfast.device import free_memory
+
 
 @dataclass
 class RequestStats:
@@ -36,11 +38,15 @@ class RequestStats:
         return self.token_times[0] - self.submitted_at if self.token_times else None
 
     @property
-    def prefill_s(self) -> float | None:
-        """Row assigned to first token."""
+    def prefill_span(self) -> tuple[float, float] | None:
+        """From when a row was assigned to the first token."""
         if self.started_at is None or not self.token_times:
             return None
-        return self.token_times[0] - self.started_at
+        return self.started_at, self.token_times[0]
+
+    @property
+    def prefill_s(self) -> float | None:
+        return _covered([self.prefill_span]) if self.prefill_span else None
 
     @property
     def gaps_s(self) -> list[float]:
@@ -93,7 +99,7 @@ class RunStats:
 
     def as_dict(self) -> dict[str, Any]:
         gaps = [gap for request in self.requests for gap in request.gaps_s]
-        prefill_s = sum(request.prefill_s or 0.0 for request in self.requests)
+        prefill_s = _covered([r.prefill_span for r in self.requests if r.prefill_span])
         prefilled = sum(r.num_prompt_tokens - r.num_cached_tokens for r in self.requests)
         first = [request.ttft_s for request in self.requests if request.ttft_s is not None]
         decode_tok_s = _ratio(self.decode.num_tokens, self.decode.seconds)
@@ -120,7 +126,7 @@ class RunStats:
 
     @property
     def bytes_per_token(self) -> int:
-        if not self.decode.num_tokens:
+        if not self.decode.num_tokens or not self.requests:
             return self.weight_bytes
         used = [r.num_prompt_tokens + r.num_new_tokens / 2 for r in self.requests]
         rows = self.decode.num_tokens / self.decode.num_steps
@@ -132,6 +138,8 @@ def read_bandwidth(device: torch.device, seconds: float = 0.25) -> float:
     the caches.
     """
     num_bytes = (1 << 28) if device.type == "cpu" else (1 << 31)
+    if (free := free_memory(device)) is not None:  # a model may have left little
+        num_bytes = max(1 << 20, min(num_bytes, free // 2))
     buffer = torch.ones(num_bytes // 8, dtype=torch.int64, device=device)
     best, deadline = 0.0, perf_counter() + seconds
     while best == 0.0 or perf_counter() < deadline:
@@ -147,6 +155,15 @@ def percentile(values: Sequence[float], fraction: float) -> float | None:
         return None
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one span: requests that wait together wait once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _ratio(amount: float, seconds: float | None) -> float | None:

@@ -9,6 +9,7 @@ from gptfast.commands.options import (
     add_sampling_options,
     load_llm,
     note,
+    note_loaded,
     sampling_params,
 )
 from gptfast.commands.report import rate_text
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     llm = load_llm(args, batch_size=1)
     beginning: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     llm.encode_chat([*beginning, {"role": "user", "content": "?"}])  # says now what is missing
+    note_loaded(args, llm)
     messages = list(beginning)
     while (text := _read_turn()) is not None:
         if text == "/exit":

@@ -16,10 +16,11 @@ from gptfast.commands.options import (
     add_sampling_options,
     load_llm,
     note,
+    note_loaded,
     sampling_params,
 )
 from gptfast.commands.report import result_lines, summary_lines
-from gptfast.llm import LLM, Output, OutputBuilder, Prompt
+from gptfast.llm import LLM, Chunk, Output, OutputBuilder, Prompt
 from gptfast.sampling import SamplingParams
 from gptfast.stats import read_bandwidth
 
@@ -55,18 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.profile is not None and (args.profile.is_dir() or not args.profile.parent.is_dir()):
+        raise ValueError(f"--profile {args.profile} is not a file in a folder that exists")
+    if not 1 <= args.num_samples <= 1024:  # SamplingParams would call it n
+        raise ValueError(f"--num-samples is {args.num_samples}; it must be from 1 to 1024")
     prompts = read_prompts(args)
     params = sampling_params(args, n=args.num_samples, logprobs=args.logprobs)
     llm = load_llm(args, args.batch_size)
-    if llm.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
-        llm.encode(prompts[0])  # says what is missing
+    chunks = llm.stream_many(prompts, params)  # has checked them all
+    note_loaded(args, llm)
     if args.compile:
         llm.engine.runner.warm_up([params])
         note(f"Compilation time: {llm.engine.runner.compile_s:.2f} seconds")
     outputs, interrupted = [], False
     with _profile(args.profile):
         try:
-            for output in _generate(llm, prompts, params, quiet=args.json):
+            for output in _generate(llm, chunks, prompts, params, quiet=args.json):
                 outputs.append(output)
                 if not args.json:
                     print("\n".join(result_lines(len(outputs), output)), flush=True)
@@ -84,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts that the options name, in one of four ways."""
-    given = [name for name in ("prompt", "prompt_ids", "prompt_file") if getattr(args, name)]
+    given = [
+        name for name in ("prompt", "prompt_ids", "prompt_file") if getattr(args, name) is not None
+    ]
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{names} cannot be given together")
@@ -106,15 +113,15 @@ def _parse_ids(text: str) -> list[int]:
 
 def _read_prompt_file(path: Path) -> list[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line breaks
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a UTF-8 text file") from None
-    lines = [line for line in lines if line.strip()]
-    if not lines:
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise ValueError(f"{path} holds no prompts; a prompt per line is needed")
     if path.suffix != ".jsonl":
-        return list(lines)
-    return [_parse_prompt(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+        return [line for _, line in numbered]
+    return [_parse_prompt(line, f"{path} line {number}") for number, line in numbered]
 
 
 def _parse_prompt(line: str, where: str) -> Prompt:
@@ -139,7 +146,11 @@ class _Interrupted(Exception):
 
 
 def _generate(
-    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, quiet: bool
+    llm: LLM,
+    chunks: Iterator[Chunk],
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    quiet: bool,
 ) -> Iterator[Output]:
     """Outputs in order. One row streams its text as it comes; several rows print each text when it
     is whole.
@@ -150,7 +161,7 @@ def _generate(
     if live:
         _print_prompt(builders[0])
     try:
-        for chunk in llm.stream_many(prompts, params):
+        for chunk in chunks:
             builders[chunk.index].add(chunk)
             if live:
                 print(chunk.text or _ids_text(llm, chunk.token_ids), end="", flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 from gptfast.chat import find_template
 from gptfast.checkpoint import inspect
 from gptfast.device import DTYPES, format_bytes, free_memory, parse_device, parse_dtype
+from gptfast.engine import check_sizes
 from gptfast.families import FAMILIES
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.tokenizer import load_tokenizer
@@ -46,6 +47,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     folder = find_model(args.model, args.revision)
     checkpoint = inspect(folder)
     config, dtype = checkpoint.config, parse_dtype(args.dtype) or checkpoint.dtype
+    check_sizes(config, args.batch_size, args.max_seq_len)
     context = args.max_seq_len or config.max_seq_len
     weights = config.num_parameters * dtype.itemsize
     cache = args.batch_size * context * config.cache_bytes_per_token(dtype.itemsize)

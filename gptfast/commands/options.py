@@ -111,11 +111,9 @@ def set_threads(args: argparse.Namespace) -> None:
 
 
 def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
-    """The model that the options ask for; says on stderr how long it took and how long its context
-    is.
-    """
+    """The model that the options ask for."""
     set_threads(args)
-    llm = LLM(
+    return LLM(
         args.model,
         device=args.device,
         dtype=args.dtype,
@@ -125,6 +123,12 @@ def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
         revision=args.revision,
         progress=progress_bar,
     )
+
+
+def note_loaded(args: argparse.Namespace, llm: LLM) -> None:
+    """Says what was loaded, how long it took and how long the context is. Commands check what they
+    were given first: an error stands alone.
+    """
     config, context = llm.config, llm.engine.max_seq_len
     note(
         f"Loaded {llm.folder.name}: {config.num_parameters:,} parameters, "
@@ -136,7 +140,6 @@ def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
             f"Context: {context} tokens, which is what the free memory holds "
             f"(the model allows {config.max_seq_len}; --max-seq-len sets it)"
         )
-    return llm
 
 
 def progress_bar(items: Iterable[Any]) -> Iterable[Any]:
