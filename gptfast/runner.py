@@ -5,7 +5,9 @@ of a step, eager or compiled, and the rule that nothing recompiles once they are
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -41,20 +43,19 @@ class ModelRunner:
         self.tokens = torch.zeros(num_rows, 1, dtype=torch.int64, device=self.device)
         self.positions = torch.full_like(self.tokens, max_seq_len)
         self.compile_s = 0.0
-        self._block = _run_block
+        self._block: Callable[..., Tensor] = _run_block
         self._logits: Callable[..., Tensor] = model.logits
         self._sample: Callable[..., Tensor] = sample
         self._warm: set[Plan] = set()
         self._graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         if compile:
             self.cache.mark_static()
-            # Isolated: other runners of the process do not count towards the recompilation limit.
-            options: dict[str, Any] = {"isolate_recompiles": True, "fullgraph": True}
+            options: dict[str, Any] = {"fullgraph": True}
             if self.device.type == "cuda":
                 options["options"] = {"coordinate_descent_tuning": True}
-            self._block = torch.compile(_run_block, **options)
-            self._logits = torch.compile(model.logits, **options)
-            self._sample = torch.compile(sample, **options)
+            self._block = _compile_alone(_run_block, **options)
+            self._logits = partial(_compile_alone(_run_logits, **options), model)
+            self._sample = _compile_alone(sample, **options)
 
     # -- rows --
 
@@ -186,3 +187,23 @@ class ModelRunner:
 
 def _run_block(block: nn.Module, *inputs: Any) -> Tensor:
     return block(*inputs)
+
+
+def _run_logits(model: Transformer, x: Tensor) -> Tensor:
+    return model.logits(x)
+
+
+def _compile_alone(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """torch.compile of a copy of `function`, so that other runners of the process do not count
+    towards its recompilation limit: the compiler keeps its graphs with the code object.
+    (`isolate_recompiles=True` says the same, but torch 2.11 does not know it.)
+    """
+    assert isinstance(function, FunctionType)
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(copy, **options)
