@@ -142,7 +142,9 @@ class TensorFiles:
 
     def tensor(self, name: str) -> Tensor:
         """The numbers of one tensor, as stored."""
-        return self._files[self._file_of[name]].get_tensor(name)
+        # Opened anew, because the pages that were read through a file stay resident until it is
+        # closed: loading 1.1 B bf16 weights peaked at 4.7 GB instead of 2.5, and no faster.
+        return _open(self._file_of[name]).get_tensor(name)
 
     def read_into(self, target: Tensor, names: tuple[str, ...], transposed: bool = False) -> None:
         """Fills `target` with the tensors `names`, one below the other, converting as it copies."""

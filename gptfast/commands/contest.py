@@ -5,7 +5,9 @@ do the same rounds, one after the other, with a probe of the memory's speed betw
 one run may be compared, those of two runs on a shared machine may not.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from gptfast import __version__
 from gptfast.device import peak_memory
 from gptfast.engine import Engine
 from gptfast.model import Transformer
@@ -22,7 +25,8 @@ from gptfast.stats import DecodeCounters, RequestStats, RunStats
 
 # Figures of which a run reports the median of its rounds.
 ROUND_KEYS = (
-    "decode_tok_s prefill_tok_s ttft_s itl_p50_ms itl_p99_ms bandwidth_gb_s bandwidth_fraction"
+    "decode_tok_s prefill_tok_s ttft_s itl_p50_ms itl_p99_ms "
+    "bandwidth_gb_s read_bandwidth_gb_s bandwidth_fraction"
 ).split()
 
 
@@ -35,27 +39,37 @@ class Work:
     long_prompt: list[int]
     short_prompts: list[list[int]]
     num_new_tokens: int
+
+    @staticmethod
+    def random(
+        vocab_size: int, prefill_tokens: int, num_rows: int, prompt_tokens: int, num_new_tokens: int
+    ) -> "Work":
+        """Random token ids, the same ones in every run."""
+        generator = torch.Generator().manual_seed(0)
+
+        def ids(*shape: int) -> list[Any]:
+            return torch.randint(vocab_size, shape, generator=generator).tolist()
+
+        return Work(ids(prefill_tokens), ids(num_rows, prompt_tokens), num_new_tokens)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that a row has to hold."""
+        return max(len(self.long_prompt) + 1, len(self.short_prompts[0]) + self.num_new_tokens)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a decode step has to read, whoever does it."""
+
     weight_bytes: int
     cache_bytes_per_token: int
 
     @staticmethod
-    def random(
-        model: Transformer, num_rows: int, prompt_tokens: int, prefill_tokens: int, new_tokens: int
-    ) -> "Work":
-        """Random token ids, the same ones in every run."""
-        config, weight = model.config, model.embed.weight
-        generator = torch.Generator().manual_seed(0)
-
-        def ids(*shape: int) -> list[Any]:
-            return torch.randint(config.vocab_size, shape, generator=generator).tolist()
-
-        return Work(
-            ids(prefill_tokens),
-            ids(num_rows, prompt_tokens),
-            new_tokens,
-            model.bytes_per_step,
-            config.cache_bytes_per_token(weight.element_size()),
-        )
+    def of(model: Transformer) -> "Traffic":
+        element_size = model.embed.weight.element_size()
+        per_token = model.config.cache_bytes_per_token(element_size)
+        return Traffic(model.bytes_per_step, per_token)
 
 
 @dataclass(frozen=True)
@@ -67,30 +81,35 @@ class Trace:
 
 
 class Contestant(Protocol):
-    """An engine with its model loaded. `run` continues all prompts at once, greedily and past any
-    end-of-sequence token, reading each from its beginning.
+    """An engine with its model loaded. `compile_s` is None where the engine does not tell; then
+    what the first round took longer than the second stands for it.
     """
 
     name: str
+    version: str
     load_s: float
 
-    def run(self, prompts: Sequence[list[int]], num_new_tokens: int) -> Trace: ...
-
     @property
-    def compile_s(self) -> float | None:
-        """None where only the first round's length tells."""
+    def compile_s(self) -> float | None: ...
+
+    def run(self, prompts: Sequence[list[int]], num_new_tokens: int) -> Trace:
+        """Continues all prompts together, greedily and past any end-of-sequence token, reading
+        each from its beginning.
+        """
 
 
 class Gptfast:
-    """This engine. `run` is what any caller of the loop does."""
+    """This engine; `load` makes its model. `run` is what any caller of the loop does."""
 
-    name = "gptfast"
+    name, version = "gptfast", __version__
 
     def __init__(
-        self, model: Transformer, load_s: float, num_rows: int, max_seq_len: int, compile: bool
+        self, load: Callable[[], Transformer], num_rows: int, max_seq_len: int, compile: bool
     ) -> None:
-        self.load_s = load_s
-        self.engine = Engine(model, num_rows, max_seq_len, compile)
+        start = perf_counter()
+        self.model = load()
+        self.load_s = perf_counter() - start
+        self.engine = Engine(self.model, num_rows, max_seq_len, compile)
         self.engine.runner.warm_up([_greedy(1)])
 
     @property
@@ -116,7 +135,7 @@ def _greedy(num_new_tokens: int) -> SamplingParams:
 
 @dataclass
 class Result:
-    """A contestant's figures, round by round, and the tokens it decoded (the same every round)."""
+    """A contestant's figures, round by round, and the tokens it decoded."""
 
     contestant: Contestant
     peak_memory_bytes: int
@@ -126,49 +145,62 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """The medians of the rounds, and the rounds themselves."""
+        per_round = [{key: figures[key] for key in ROUND_KEYS} for figures in self.rounds]
         return {
-            **{key: median(figures[key] for figures in self.rounds) for key in ROUND_KEYS},
+            "version": self.contestant.version,
+            **{key: median(figures[key] for figures in per_round) for key in ROUND_KEYS},
             "bytes_per_token": self.rounds[0]["bytes_per_token"],
-            "read_bandwidth_gb_s": median(figures["read_bandwidth_gb_s"] for figures in self.rounds),
             "peak_memory_bytes": self.peak_memory_bytes,
             "load_s": self.contestant.load_s,
             "compile_s": self.compile_s,
-            "per_round": [
-                {key: figures[key] for key in (*ROUND_KEYS, "read_bandwidth_gb_s")}
-                for figures in self.rounds
-            ],
+            "per_round": per_round,
         }
 
 
-def enter(build: Callable[[], Contestant], work: Work, device: torch.device) -> Result:
-    """Builds a contestant and lets it do the work once, unmeasured, so that what happens only once
-    (compilation, page faults, growing pools) is over; its peak memory is that of this time.
+def enter(
+    build: Callable[[], Contestant], work: Work, device: torch.device, idle_bytes: int
+) -> Result:
+    """Builds a contestant and lets it do the work unmeasured, so that what happens only once
+    (compilation, page faults, growing pools) is over.
+
+    Its peak memory is that of this time, without what was held before it came, and with the
+    `idle_bytes` of a process that holds no model.
     """
-    memory = PeakMemory(device)
+    held = resident_memory(device)
+    _reset_peak_memory(device)
     contestant = build()
-    start = perf_counter()
-    _work_once(contestant, work)
-    first = perf_counter() - start
+    first, _ = _timed(contestant, work)
+    second, token_ids = _timed(contestant, work)
     compile_s = contestant.compile_s
     if compile_s is None:
-        start = perf_counter()
-        _work_once(contestant, work)
-        compile_s = max(0.0, first - (perf_counter() - start))
-    _, decoded = _work_once(contestant, work)
-    return Result(contestant, memory.peak(), compile_s, decoded.token_ids)
+        compile_s = max(0.0, first - second)
+    peak = peak_memory(device) - held + idle_bytes
+    return Result(contestant, peak, compile_s, token_ids)
 
 
 def hold_rounds(
-    results: Sequence[Result], work: Work, num_rounds: int, probe: Callable[[], float]
+    results: Sequence[Result],
+    work: Work,
+    traffic: Traffic,
+    num_rounds: int,
+    probe: Callable[[], float],
 ) -> None:
-    """Rounds A B A B ..., a probe of the device's read bandwidth before and after each."""
+    """Rounds A B A B ...; `probe` tells the device's bytes per second before and after each."""
     before = probe()
     for _ in range(num_rounds):
         for result in results:
             prefill, decode = _work_once(result.contestant, work)
             after = probe()
-            result.rounds.append(_figures(result, work, prefill, decode, (before + after) / 2))
+            bandwidth = (before + after) / 2
+            result.rounds.append(_figures(result, traffic, prefill, decode, bandwidth))
             before = after
+
+
+def _timed(contestant: Contestant, work: Work) -> tuple[float, list[list[int]]]:
+    """Seconds of one round, and the tokens it decoded."""
+    start = perf_counter()
+    _, decode = _work_once(contestant, work)
+    return perf_counter() - start, decode.token_ids
 
 
 def _work_once(contestant: Contestant, work: Work) -> tuple[Trace, Trace]:
@@ -177,7 +209,7 @@ def _work_once(contestant: Contestant, work: Work) -> tuple[Trace, Trace]:
 
 
 def _figures(
-    result: Result, work: Work, prefill: Trace, decode: Trace, bandwidth: float
+    result: Result, traffic: Traffic, prefill: Trace, decode: Trace, bandwidth: float
 ) -> dict[str, Any]:
     """A round's numbers, by the definitions of RunStats for every contestant."""
     stats = RunStats(
@@ -185,14 +217,13 @@ def _figures(
         load_s=result.contestant.load_s,
         compile_s=result.compile_s,
         decode=_decoding(decode.requests),
-        weight_bytes=work.weight_bytes,
-        cache_bytes_per_token=work.cache_bytes_per_token,
+        weight_bytes=traffic.weight_bytes,
+        cache_bytes_per_token=traffic.cache_bytes_per_token,
         peak_memory_bytes=result.peak_memory_bytes,
         device_bandwidth=bandwidth,
     )
-    long = prefill.requests[0].as_dict()
     return stats.as_dict() | {
-        "prefill_tok_s": long["prefill_tok_s"],
+        "prefill_tok_s": prefill.requests[0].as_dict()["prefill_tok_s"],
         "read_bandwidth_gb_s": bandwidth / 1e9,
     }
 
@@ -205,19 +236,23 @@ def _decoding(requests: Sequence[RequestStats]) -> DecodeCounters:
     return DecodeCounters(seconds, sum(after), max(after))
 
 
-class PeakMemory:
-    """Peak bytes of this process (or of the CUDA device) from now on, counted as if nothing but an
-    idle process had been there before: what earlier contestants hold is left out.
+def resident_memory(device: torch.device) -> int:
+    """Bytes in use now, of the kind that `peak_memory` tells the peak of; 0 where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """From here on the peak is counted anew; on a CPU only where Linux lets a process ask for it
+    (see clear_refs in proc(5)), else it stays that of the whole process.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.others = torch.cuda.memory_allocated(device)
-        else:
-            _reset_peak_resident()
-            self.others = max(0, resident_memory() - IDLE_RESIDENT)
-
-    def peak(self) -> int:
-        return peak_memory(self.device) - self.others
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -210,4 +210,6 @@ def _profile(path: Path | None) -> Iterator[None]:
         yield
     if path is not None and profiler is not None:
         profiler.export_chrome_trace(str(path))
+        if not path.is_file():  # torch only logs that it could not write
+            raise OSError(f"the profile could not be written to {path}")
         note(f"Profile: {path} (open in chrome://tracing or ui.perfetto.dev)")
