@@ -64,9 +64,9 @@ licence (Apache-2.0).
 - **Training**: batches of {rows} stories, each alone in its row; Muon (rate {muon}, momentum 0.95,
   weight decay {decay}) for the weights inside the blocks, AdamW (0.9, 0.98) for the embedding and
   the norms; gradients clipped at {clip}, {warmup} steps of warmup, then a cosine down to a
-  twentieth; attention begins as a copier (`let_attention_copy`); bf16 autocast on one thread
-  ({minutes}). The draft learned from the text and from the storyteller's probabilities, half and
-  half.
+  twentieth; attention begins as a copier (`let_attention_copy`); bf16 autocast on one thread. The
+  draft learned from the text and from the storyteller's probabilities, half and half. Training
+  took {minutes}.
 - **Held-out loss**: mean negative log-likelihood in nats per token over {held_out} held-out
   stories, float32 arithmetic on the stored bf16 weights. The grammar's own choices are at most
   {entropy:.3f} nats per token; their true entropy, a little less, is what no model can beat.
