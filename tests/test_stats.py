@@ -49,8 +49,9 @@ def test_bytes_per_token_share_the_weights_over_the_rows_and_add_the_used_cache(
 
 def test_percentiles_are_nearest_rank():
     values = [float(value) for value in range(1, 101)]
-    assert percentile(values, 0.5) == 51
-    assert percentile(values, 0.99) == 100
+    assert percentile(values, 0.5) == 50
+    assert percentile(values, 0.99) == 99
+    assert percentile(values, 1.0) == 100
     assert percentile([3.0], 0.99) == 3.0
     assert percentile([], 0.5) is None
 
