@@ -38,11 +38,11 @@ decode() { # decode NAME SECONDS SHAPE OPTIONS...
 }
 
 step device 30 "$PY" -c "import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))"
-decode 1b-eager 50 llama-3.2-1b --rounds 3
-decode 1b-compile 80 llama-3.2-1b --compile
-decode 8b-eager 60 llama-3.1-8b --rounds 3
-decode 8b-compile 90 llama-3.1-8b --compile
-step tests 110 "$PY" -m pytest -q -m gpu
-step startup 110 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
+decode 1b-eager 45 llama-3.2-1b --rounds 3
+decode 1b-compile 75 llama-3.2-1b --compile
+decode 8b-compile 85 llama-3.1-8b --compile
+decode experts-compile 70 qwen3-30b-a3b --num-layers 16 --compile --rounds 3
+step tests 140 "$PY" -m pytest -q -m gpu
+step startup 90 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
 echo "== $failed steps failed"
 exit "$failed"

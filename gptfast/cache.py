@@ -16,15 +16,20 @@ from gptfast.config import ModelConfig
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, each [B, H_kv, S + 1, D].
+    """Keys and values of one layer, each [B, H_kv, S + 1, D]; no values where they are a part of
+    the keys (latent attention).
 
     `bound`, a number on the CPU that all layers share, is above every position in use: the host
     knows it without waiting for the device.
     """
 
     keys: Tensor
-    values: Tensor
+    values: Tensor | None
     bound: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.keys,) if self.values is None else (self.keys, self.values)
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,17 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> "KVCache":
         """Zeros (a masked NaN would still poison a sum), at addresses that never change."""
-        shape = (num_rows, config.num_kv_heads, max_seq_len + 1, config.head_dim)
+        num_heads, key_dim, value_dim = config.cache_shape
 
-        def slots() -> Tensor:
+        def slots(dim: int) -> Tensor:
+            shape = (num_rows, num_heads, max_seq_len + 1, dim)
             return torch.zeros(shape, dtype=dtype, device=device)
 
         bound = torch.tensor(max_seq_len, device="cpu")
-        layers = tuple(LayerCache(slots(), slots(), bound) for _ in range(config.num_layers))
+        layers = tuple(
+            LayerCache(slots(key_dim), slots(value_dim) if value_dim else None, bound)
+            for _ in range(config.num_layers)
+        )
         return KVCache(layers, torch.zeros(num_rows, dtype=torch.int64, device=device))
 
     def mark_static(self) -> None:
@@ -59,8 +68,8 @@ class KVCache:
         nothing that runs eagerly should.
         """
         for layer in self.layers:
-            torch._dynamo.mark_static_address(layer.keys)
-            torch._dynamo.mark_static_address(layer.values)
+            for tensor in layer.tensors:
+                torch._dynamo.mark_static_address(tensor)
 
     @property
     def num_rows(self) -> int:
@@ -77,12 +86,15 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     def row(self, index: int) -> "KVCache":
         """A cache of one row that shares this one's memory."""
         part = slice(index, index + 1)
         layers = tuple(
-            LayerCache(layer.keys[part], layer.values[part], layer.bound) for layer in self.layers
+            LayerCache(
+                layer.keys[part], None if layer.values is None else layer.values[part], layer.bound
+            )
+            for layer in self.layers
         )
         return KVCache(layers, self.lengths[part])

@@ -64,6 +64,12 @@ class Request:
     num_dispatched: int = 0
     token_ids: list[int] = field(default_factory=list)
     finished: bool = False
+    reread: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of its row's text on the device, which may be ahead of what the host knows."""
+        return len(self.prompt_ids) + self.num_dispatched
 
     @property
     def decoding(self) -> bool:
@@ -168,6 +174,7 @@ class Engine:
         """One turn: fill free rows, read a piece of prompt, decode a token a row, report."""
         events = self._admit()
         self._prefill()
+        events += self._reread()
         events += self._arrived(self._lag)
         decoding = [request for request in self._rows if request is not None and request.decoding]
         served = {event.request_id for event in events}
@@ -185,7 +192,11 @@ class Engine:
             if request.budget <= 0:
                 events.append(self._finish(request, (), (), "length"))
                 continue
-            shared = {row: _common_prefix(self._cached[row], request.prompt_ids) for row in free}
+            reusable = len(request.prompt_ids) <= self.model.config.max_reusable_length
+            shared = {
+                row: _common_prefix(self._cached[row], request.prompt_ids) if reusable else 0
+                for row in free
+            }
             # Among rows that share nothing, the emptiest: other conversations stay cached.
             row = max(free, key=lambda row: (shared[row], -len(self._cached[row])))
             # The last prompt token is always run: its logits give the first new token.
@@ -219,6 +230,27 @@ class Engine:
             tokens, logits = self.runner.first_token(hidden, len(piece) - 1, row)
             self._send(tokens, logits, [request], is_decode=False)
         return len(piece)
+
+    def _reread(self) -> list[Event]:
+        """Reads rows anew that have just grown beyond the length at which their rotation changes;
+        the newest token is read by the next step, as always.
+        """
+        limit = self.model.config.reread_length
+        if limit is None:
+            return []
+        grown = [
+            request
+            for request in filter(None, self._rows)
+            if request.decoding and not request.reread
+            if len(request.prompt_ids) <= limit < request.num_tokens
+        ]
+        events = self._arrived(0) if grown else []  # the host must know all tokens
+        for request in grown:
+            if not request.finished:
+                request.reread = True
+                known = [*request.prompt_ids, *request.token_ids[:-1]]
+                self.runner.reread(known, request.row)
+        return events
 
     def _decode(self) -> None:
         compile_s, start = self.runner.compile_s, perf_counter()
@@ -304,7 +336,7 @@ class Engine:
             self._rows[request.row] = None
             # The newest token has not been through the model: its slot is not filled.
             self._cached[request.row] += request.token_ids[:-1]
-            if not self.model.config.prefixes_are_reusable:
+            if request.num_tokens > self.model.config.max_reusable_length:
                 self._cached[request.row] = []
             self.runner.stop_row(request.row)
         return Event(request.id, token_ids, request.stats, logprobs, reason)

@@ -5,7 +5,7 @@ stop strings end it.
     print(llm.generate("Once upon a time", SamplingParams(seed=1))[0].text)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gptfast.chat import encode_chat, find_template
-from gptfast.checkpoint import Progress, load, read_config
+from gptfast.chat import Message, find_template
+from gptfast.checkpoint import Progress, inspect, load, read_config
 from gptfast.device import parse_device, peak_memory
 from gptfast.engine import Engine, FinishReason, TokenLogprob, check_sizes
 from gptfast.hub import DEFAULT_MODEL, find_model
@@ -24,7 +24,6 @@ from gptfast.stats import RequestStats, RunStats
 from gptfast.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
 # Rows that a call with several prompts uses unless batch_size says otherwise.
 DEFAULT_MAX_ROWS = 8
 
@@ -116,8 +115,10 @@ class LLM:
         check_sizes(self.config, 1 if batch_size is None else batch_size, max_seq_len)
         self.tokenizer = load_tokenizer(self.folder)
         self.chat_template = find_template(self.folder)
+        source = inspect(self.folder)
+        self.left_out = source.left_out  # parts of the files that are no language model, in words
         # Last, so that what else may be wrong is said before gigabytes are read.
-        self.model = load(self.folder, dtype, parse_device(device), progress)
+        self.model = load(source, dtype, parse_device(device), progress)
         self.load_s = perf_counter() - start
         self._batch_size, self._max_seq_len, self._compile = batch_size, max_seq_len, compile
         self.engine = self._build_engine(1 if batch_size is None else batch_size)
@@ -171,16 +172,24 @@ class LLM:
             self.engine.check(ids, p)
         return self._run(self.engine, work)
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Output:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        **variables: Any,
+    ) -> Output:
         """The next message of a conversation of {"role", "content"}; what earlier turns cached is
-        not read again.
+        not read again. `variables` as in `encode_chat`.
         """
-        return self.generate([self.encode_chat(messages)], params)[0]
+        return self.generate([self.encode_chat(messages, **variables)], params)[0]
 
     def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        **variables: Any,
     ) -> Iterator[Chunk]:
-        return self.stream(self.encode_chat(messages), params)
+        return self.stream(self.encode_chat(messages, **variables), params)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: ids as they are, text with the tokenizer's own
@@ -199,13 +208,17 @@ class LLM:
             )
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the model answers."""
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Token ids of a conversation up to where the model answers.
+
+        `variables` are the template's own (enable_thinking=False), or `tools` and `documents`
+        (lists of dictionaries), `name` (of one of several templates), `continue_final_message`.
+        """
         if self.chat_template is None:
             raise ValueError(
                 f"{self.folder.name} has no chat template; use generate, or a model tuned for chat"
             )
-        return encode_chat(self._need_tokenizer(), self.chat_template, list(messages))
+        return self.chat_template.encode(self._need_tokenizer(), messages, **variables)
 
     # -- numbers --
 

@@ -8,21 +8,16 @@ heads, D head size, V vocabulary.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptfast.attention import build_attention
 from gptfast.cache import KVCache, LayerCache
 from gptfast.config import ModelConfig
-from gptfast.kernels.attention import attention
-from gptfast.rope import Rope, rotate
+from gptfast.experts import Experts
+from gptfast.layers import build_mlp, build_norm
+from gptfast.rope import Rope
 from quantize.formats import PackedLinear
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+from quantize.grouped import GroupedLinear, PackedGroupedLinear
 
 
 class Transformer(nn.Module):
@@ -34,11 +29,18 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = _table(config.vocab_size, config.dim)
-        self.positions = _table(config.max_seq_len, config.dim) if not config.rope else None
-        self.rope = Rope(config.rope, config.head_dim) if config.rope else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        num_places = config.max_seq_len + config.position_offset
+        self.positions = _table(num_places, config.dim) if config.learned_positions else None
+        self.embedding_norm = build_norm(config) if config.embedding_norm else None
+        # Layers rotate by one of these, or not at all.
+        by_layer = [config.layer_rope(layer) for layer in range(config.num_layers)]
+        distinct = list(dict.fromkeys(rope for rope in by_layer if rope is not None))
+        rotated = config.latent.rope_dim if config.latent else config.head_dim
+        self.ropes = nn.ModuleList(Rope(rope, rotated) for rope in distinct)
+        self.rope_of = [None if rope is None else distinct.index(rope) for rope in by_layer]
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = build_norm(config)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
         self.tie_head()
         self.requires_grad_(False)
 
@@ -49,13 +51,20 @@ class Transformer(nn.Module):
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of weights that one decode step reads: all but the embedding, unless it is the head
-        too.
+        """Bytes of weights that one decode step of one row reads: all but the embedding, unless it
+        is the head too, and of experts only the active ones.
         """
-        tables = 0 if self.config.tied_head else self.embed.weight.nbytes
-        tables += self.positions.weight.nbytes if self.positions is not None else 0
-        packed = sum(m.weight_bytes for m in self.modules() if isinstance(m, PackedLinear))
-        return sum(parameter.nbytes for parameter in self.parameters()) + packed - tables
+        size = sum(parameter.nbytes for parameter in self.parameters())
+        size -= 0 if self.config.tied_head else self.embed.weight.nbytes
+        size -= self.positions.weight.nbytes if self.positions is not None else 0
+        packed = (PackedLinear, PackedGroupedLinear)
+        size += sum(m.weight_bytes for m in self.modules() if isinstance(m, packed))
+        if (experts := self.config.experts) is not None:
+            grouped = (GroupedLinear, PackedGroupedLinear)
+            stored = sum(m.weight_bytes for m in self.modules() if isinstance(m, grouped))
+            idle = experts.num_experts - experts.num_active
+            size -= stored * idle // experts.num_experts
+        return size
 
     def forward(
         self,
@@ -83,35 +92,52 @@ class Transformer(nn.Module):
         """Hidden states [B, T, dim] before the last norm. `run_block` is `Block.__call__`, or its
         compiled form.
         """
-        x = self.embed(tokens)
-        if self.positions is not None:
-            # Padding sits at the spare slot, which may lie just beyond the table.
-            x = x + self.positions(positions.clamp(max=self.config.max_seq_len - 1))
-        cos_sin = None
-        if self.rope is not None:
-            lengths = positions.amax(1) + 1 if cache is None else cache.lengths
-            cos_sin = self.rope(positions, lengths)
+        x = self._embedded(tokens, positions)
+        lengths = positions.amax(1) + 1 if cache is None else cache.lengths
+        turns = [rope(positions, lengths) for rope in self.ropes]
         layers = cache.layers if cache is not None else (None,) * len(self.blocks)
-        for block, layer in zip(self.blocks, layers, strict=True):
+        for block, layer, rope in zip(self.blocks, layers, self.rope_of, strict=True):
+            cos_sin = None if rope is None else turns[rope]
             x = (run_block or nn.Module.__call__)(block, x, positions, cos_sin, layer)
         return x
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        config, x = self.config, self.embed(tokens)
+        if config.embedding_multiplier != 1:
+            # Rounded to the stream's dtype first: so it was when these models were trained.
+            x = x * torch.full_like(x[:1, :1, :1], config.embedding_multiplier)
+        if self.positions is not None:
+            # Padding sits at the spare slot, which may lie just beyond the table.
+            places = positions.clamp(max=config.max_seq_len - 1) + config.position_offset
+            x = x + self.positions(places)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def logits(self, x: Tensor, select: Tensor | None = None) -> Tensor:
         """Hidden [B, T, dim] -> float32 logits [B, N, V] at `select` [B, N] (None: all T)."""
         if select is not None:
             x = x.gather(1, select.unsqueeze(-1).expand(-1, -1, x.size(-1)))  # [B, N, dim]
-        return self.head(self.norm(x)).float()
+        logits = self.head(self.norm(x)).float() / self.config.logits_divisor
+        cap = self.config.logits_softcap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on the normalised stream and added back to it."""
+    """Attention and MLP, each added to the stream, with norms where the facts have them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = build_norm(config)
-        self.attention = Attention(config)
-        self.mlp_norm = build_norm(config)
-        self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
+        before, behind = config.norms in ("pre", "both"), config.norms in ("post", "both")
+        self.attention_norm = build_norm(config) if before else nn.Identity()
+        self.attention = build_attention(config, layer)
+        self.attention_post_norm = build_norm(config) if behind else nn.Identity()
+        self.mlp_norm = build_norm(config) if before and not config.shared_norm else nn.Identity()
+        sparse = config.has_experts(layer)
+        self.mlp = Experts(config) if sparse else build_mlp(config, config.hidden_dim)
+        self.mlp_post_norm = build_norm(config) if behind else nn.Identity()
+        self.parallel, self.shared_norm = config.parallel_residual, config.shared_norm
+        self.multiplier = config.residual_multiplier
+        # Blocks of one kind differ in nothing but their numbers: they share a compiled graph.
+        self.kind = (config.window(layer), config.layer_rope(layer) is None, sparse)
 
     def forward(
         self,
@@ -120,99 +146,40 @@ class Block(nn.Module):
         cos_sin: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None,
     ) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]. `cache` is this layer's own, so that all blocks share one
-        compiled graph.
+        """x [B, T, dim] -> [B, T, dim]. `cache` is this layer's own, so that all blocks of a kind
+        share one compiled graph.
         """
-        x = x + self.attention(self.attention_norm(x), positions, cos_sin, cache)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class Attention(nn.Module):
-    """Grouped-query attention (2305.13245), one fused projection for queries, keys, values."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim = config.head_dim
-        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.dim, rows, bias=config.qkv_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=config.out_bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        cos_sin: tuple[Tensor, Tensor] | None,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=2)
-        if cos_sin is not None:
-            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)  # [B, T, H or H_kv, D]
-        if cache is None:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            y = y.transpose(1, 2)  # [B, T, H, D]
-        else:
-            rows = torch.arange(x.size(0), device=x.device).unsqueeze(1)  # [B, 1]
-            # index_put stays in place under Inductor; scatter_ copies the whole cache (measured).
-            cache.keys[rows, :, positions] = k.to(cache.keys.dtype)
-            cache.values[rows, :, positions] = v.to(cache.values.dtype)
-            y = attention(q, cache.keys, cache.values, positions, cache.bound)
-        return self.out(y.flatten(2))
-
-
-class GatedMLP(nn.Module):
-    """down(activation(gate x) * up x), gate and up fused in one weight (2002.05202)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.hidden_dim, bias=config.mlp_bias)
-        self.down = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
-
-
-class MLP(nn.Module):
-    """down(activation(up x))."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.dim, config.hidden_dim, bias=config.mlp_bias)
-        self.down = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight (1910.07467), the mean in float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        normed = self.attention_norm(x)
+        y = self.attention_post_norm(self.attention(normed, positions, cos_sin, cache))
+        attended = x + y * self.multiplier
+        if not self.parallel:
+            return (
+                attended + self.mlp_post_norm(self.mlp(self.mlp_norm(attended))) * self.multiplier
+            )
+        normed = normed if self.shared_norm else self.mlp_norm(x)
+        return attended + self.mlp_post_norm(self.mlp(normed)) * self.multiplier
 
 
 def fused_rows(config: ModelConfig, name: str) -> tuple[int, ...] | None:
     """Rows of each part of the fused weight or bias `name`, in order; None where a parameter is one
-    piece.
+    piece. (Of an expert's weight, where experts are stacked.)
     """
     if ".attention.qkv." in name:
         kv_rows = config.num_kv_heads * config.head_dim
         return config.num_heads * config.head_dim, kv_rows, kv_rows
-    if ".mlp.gate_up." in name:
-        return config.hidden_dim, config.hidden_dim
+    for part, hidden_dim in (
+        (".mlp.gate_up.", config.hidden_dim),
+        (".mlp.expert_gate_up.", config.experts.hidden_dim if config.experts else 0),
+        (".mlp.shared.gate_up.", config.experts.shared_hidden_dim if config.experts else 0),
+    ):
+        if part in name:
+            return hidden_dim, hidden_dim
     return None
+
+
+def keeps_float32(name: str) -> bool:
+    """Whether the parameter `name` is never narrowed: biases of a choice between close scores."""
+    return name.endswith(".router.correction")
 
 
 def _table(num_rows: int, dim: int) -> nn.Embedding:
@@ -220,9 +187,3 @@ def _table(num_rows: int, dim: int) -> nn.Embedding:
     meta device, and that takes a second.
     """
     return nn.Embedding(num_rows, dim, _weight=torch.empty(num_rows, dim))
-
-
-def build_norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "rms":
-        return RMSNorm(config.dim, config.norm_eps)
-    return nn.LayerNorm(config.dim, config.norm_eps)

@@ -4,7 +4,7 @@ It owns what a step reads and writes (cache, sampling state, last tokens, positi
 of a step, eager or compiled, and the rule that nothing recompiles once they are warm.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from time import perf_counter
 from types import FunctionType
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.cache import KVCache
-from gptfast.model import Transformer
+from gptfast.model import Block, Transformer
 from gptfast.sampling import Plan, SamplingParams, SamplingState, sample
 
 # A piece of prompt is padded to one of these lengths: few shapes, at most half of one wasted.
@@ -26,7 +26,7 @@ SMALLEST_BOUND = 256
 class ModelRunner:
     """Advances `num_rows` rows of up to `max_seq_len` tokens. An idle row sits at the spare slot.
 
-    Compiled graphs: every block at one token a row (one graph for all blocks), every block at two
+    Compiled graphs: blocks at one token a row (one graph for all blocks of a kind), blocks at two
     or more tokens (any number), the head, and a sampler for each plan. On CUDA the whole decode
     step replays as one graph.
     """
@@ -43,7 +43,7 @@ class ModelRunner:
         self.tokens = torch.zeros(num_rows, 1, dtype=torch.int64, device=self.device)
         self.positions = torch.full_like(self.tokens, max_seq_len)
         self.compile_s = 0.0
-        self._block: Callable[..., Tensor] = _run_block
+        self._blocks: dict[Hashable, Callable[..., Tensor]] = {}  # compiled, by kind of block
         self._logits: Callable[..., Tensor] = model.logits
         self._sample: Callable[..., Tensor] = sample
         self._warm: set[Plan] = set()
@@ -53,7 +53,10 @@ class ModelRunner:
             options: dict[str, Any] = {"fullgraph": True}
             if self.device.type == "cuda":
                 options["options"] = {"coordinate_descent_tuning": True}
-            self._block = _compile_alone(_run_block, **options)
+            self._blocks = {
+                kind: _compile_alone(_run_block, **options)
+                for kind in dict.fromkeys(block.kind for block in model.blocks)
+            }
             self._logits = partial(_compile_alone(_run_logits, **options), model)
             self._sample = _compile_alone(sample, **options)
 
@@ -84,6 +87,16 @@ class ModelRunner:
         tokens = torch.tensor([[*piece, *([0] * padding)]])
         positions = torch.tensor([[*places, *([self.cache.max_seq_len] * padding)]])
         return self._hidden(tokens.to(self.device), positions.to(self.device), self.cache.row(row))
+
+    def reread(self, token_ids: Sequence[int], row: int) -> None:
+        """Computes a row's keys and values anew, as those of a text one token longer than
+        `token_ids`. Nothing else of the row changes.
+        """
+        length = self.cache.lengths[row]
+        length.fill_(len(token_ids) + 1)
+        for start in range(0, len(token_ids), LARGEST_PIECE):
+            self.prefill(token_ids[start : start + LARGEST_PIECE], start, row)
+        length.fill_(len(token_ids))  # the next step adds its token
 
     def first_token(self, hidden: Tensor, last: int, row: int) -> tuple[Tensor, Tensor]:
         """Samples a row's first token from place `last` of its prompt's last piece and lets the row
@@ -139,11 +152,11 @@ class ModelRunner:
             tokens, positions, cache, self._run_compiled if self.compiled else None
         )
 
-    def _run_compiled(self, block: nn.Module, x: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+    def _run_compiled(self, block: Block, x: Tensor, positions: Tensor, *rest: Any) -> Tensor:
         if x.size(1) > 1:
             for tensor in (x, positions, *(rest[0] or ())):
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        return self._block(block, x, positions, *rest)
+        return self._blocks[block.kind](block, x, positions, *rest)
 
     # -- compilation --
 

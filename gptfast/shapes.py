@@ -10,26 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptfast.config import ModelConfig
 from gptfast.device import DTYPES, check_fits
 from gptfast.families import Raw, find_family, model_config
-from gptfast.model import Transformer, fused_rows
-from quantize.formats import pack_linears
+from gptfast.model import Transformer, fused_rows, keeps_float32
+from gptfast.shards import Stored, write_tensors
+from quantize.packing import pack_linears
 
 # The random numbers that all weights repeat. A prime: no width divides it, so no two rows of a
 # weight are equal.
 BLOCK_SIZE = 1_048_573
-SHARD_BYTES = 1 << 30
 
 
-def shape_config(name: str) -> dict[str, Any]:
-    """The config.json of a named shape; ValueError with the names there are."""
+def shape_config(name: str, num_layers: int | None = None) -> dict[str, Any]:
+    """The config.json of a named shape, or of its first `num_layers` layers; ValueError with the
+    names there are.
+    """
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} is unknown; use one of: {', '.join(SHAPES)}")
-    return dict(SHAPES[name])
+    raw = dict(SHAPES[name])
+    if num_layers is not None:
+        [key] = {"num_hidden_layers", "n_layer"} & raw.keys()
+        if not 1 <= num_layers <= raw[key]:
+            raise ValueError(f"num_layers is {num_layers}; shape {name} has 1 to {raw[key]}")
+        raw[key] = num_layers
+    return raw
 
 
 def random_model(
@@ -67,7 +74,8 @@ def random_weights(
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(BLOCK_SIZE, generator=generator).to(device).repeat(2)
     for name, parameter in list(model.named_parameters()):
-        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        kept = torch.float32 if keeps_float32(name) else dtype
+        tensor = torch.empty(parameter.shape, dtype=kept, device=device)
         if tensor.dim() == 1 and name.endswith(".weight"):
             tensor.fill_(1.0)
         else:
@@ -95,29 +103,23 @@ def write_random_checkpoint(raw: Raw, folder: Path, dtype: torch.dtype, seed: in
     config, family = model_config(raw), find_family(raw)
     with torch.device("meta"):
         model = Transformer(config)
-    stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps({**raw, **stored}))
-    shard_of: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if shard:
-            name = f"model-{len(set(shard_of.values())) + 1:05}.safetensors"
-            save_file(shard, folder / name, metadata={"format": "pt"})
-            shard_of.update(dict.fromkeys(shard, name))
-            shard.clear()
-
-    for name, tensor in random_weights(model, dtype, torch.device("cpu"), seed):
-        names = family.source(name)
-        rows = fused_rows(config, name) if len(names) > 1 else None
-        parts = tensor.split(rows or tensor.size(0))
-        for theirs, part in zip(names, parts, strict=True):
-            shard[theirs] = (part.t() if family.is_transposed(name) else part).contiguous()
-        if sum(part.nbytes for part in shard.values()) >= SHARD_BYTES:
-            flush()
-    flush()
-    index = {"metadata": {}, "weight_map": shard_of}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    named = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps({**raw, **named}))
+    places = {name: family.sources(name)[0] for name, _ in model.named_parameters()}
+    stored = {
+        theirs: Stored(torch.float32 if keeps_float32(name) else dtype, shape)
+        for name, parameter in model.named_parameters()
+        for theirs, shape in places[name]
+        .shapes(tuple(parameter.shape), fused_rows(config, name))
+        .items()
+    }
+    weights = random_weights(model, dtype, torch.device("cpu"), seed)
+    theirs = (
+        entry
+        for name, tensor in weights
+        for entry in places[name].write(tensor, config, fused_rows(config, name))
+    )
+    write_tensors(folder, stored, theirs)
 
 
 def shape_dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -181,6 +183,58 @@ def _llama3(factor: float | None = None) -> dict[str, Any]:
 _TIED = {"tie_word_embeddings": True}
 _LLAMA_2 = {"max_position_embeddings": 4096}
 _SMOLLM2 = {"max_position_embeddings": 8192, "rope_theta": 100000.0, **_TIED}
+_QWEN2 = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6}
+_QWEN3 = {**_QWEN2, "model_type": "qwen3", "head_dim": 128, "max_position_embeddings": 40960}
+_QWEN3_MOE = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+_GEMMA2 = {
+    "model_type": "gemma2",
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    **_TIED,
+}
+_PHI4_MINI = {
+    "model_type": "phi3",
+    "max_position_embeddings": 4096,  # without the lists of longrope
+    "partial_rotary_factor": 0.75,
+    **_TIED,
+}
+_MIXTRAL = {
+    "model_type": "mixtral",
+    "max_position_embeddings": 32768,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1e6,
+}
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "rope_theta": 150000.0,
+}
+_DEEPSEEK_V2_LITE = {
+    "model_type": "deepseek_v2",
+    "max_position_embeddings": 4096,  # without the stretching of yarn
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1408,
+    "first_k_dense_replace": 1,
+}
 
 # Name: config.json, as far as it decides sizes and mathematics.
 SHAPES: dict[str, Mapping[str, Any]] = {
@@ -197,6 +251,21 @@ SHAPES: dict[str, Mapping[str, Any]] = {
     "llama-3.1-70b": _llama(8192, 80, 64, 8, 28672, 128256, **_llama3(8.0)),
     "llama-3.2-1b": _llama(2048, 16, 32, 8, 8192, 128256, head_dim=64, **_TIED, **_llama3(32.0)),
     "llama-3.2-3b": _llama(3072, 28, 24, 8, 8192, 128256, head_dim=128, **_TIED, **_llama3(32.0)),
+    "qwen2.5-0.5b": _llama(896, 24, 14, 2, 4864, 151936, **_QWEN2, **_TIED),
+    "qwen3-0.6b": _llama(1024, 28, 16, 8, 3072, 151936, **_QWEN3, **_TIED),
+    "qwen3-8b": _llama(4096, 36, 32, 8, 12288, 151936, **_QWEN3),
+    "qwen3-30b-a3b": _llama(2048, 48, 32, 4, 6144, 151936, **_QWEN3_MOE),
+    "gemma-2-2b": _llama(2304, 26, 8, 4, 9216, 256000, **_GEMMA2),
+    "phi-4-mini": _llama(3072, 32, 24, 8, 8192, 200064, **_PHI4_MINI),
+    "mixtral-8x7b": _llama(4096, 32, 32, 8, 14336, 32000, **_MIXTRAL),
+    "gpt-oss-20b": _llama(2880, 24, 64, 8, 2880, 201088, **_GPT_OSS),
+    "deepseek-v2-lite": _llama(2048, 27, 16, 16, 10944, 102400, **_DEEPSEEK_V2_LITE),
+    "pythia-1.4b": {
+        **_llama(2048, 24, 16, 16, 8192, 50304),
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "rotary_pct": 0.25,
+    },
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),

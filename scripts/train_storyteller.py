@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gptfast.attention import Attention
 from gptfast.config import ModelConfig, RopeConfig
-from gptfast.model import Attention, Transformer
+from gptfast.model import Transformer
 
 SEQ_LEN = 512
 ROWS = 16  # stories in a batch

@@ -208,6 +208,16 @@ def test_a_missing_peer_says_what_to_install(
         ("llama-3.1-70b", 70_553_706_496),
         ("llama-3.2-1b", 1_235_814_400),
         ("llama-3.2-3b", 3_212_749_824),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("gemma-2-2b", 2_614_341_888),
+        ("phi-4-mini", 3_836_021_760),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("gpt-oss-20b", 20_914_757_184),
+        ("deepseek-v2-lite", 15_706_484_224),
+        ("pythia-1.4b", 1_414_647_808),
         ("gpt2", 124_439_808),
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
@@ -226,6 +236,38 @@ def test_every_shape_has_its_number_of_parameters_tested() -> None:
     test = test_shapes_have_the_published_number_of_parameters
     [mark] = test.pytestmark  # type: ignore[attr-defined]
     assert {name for name, _ in mark.args[1]} == SHAPES.keys() - TINY.keys()
+
+
+def test_a_shape_may_be_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("mixtral-8x7b", "gpt2"):
+        whole, short = (model_config(shape_config(name, n)) for n in (None, 2))
+        assert (short.num_layers, short.dim) == (2, whole.dim)
+    with pytest.raises(ValueError, match="num_layers is 13; shape gpt2 has 1 to 12"):
+        shape_config("gpt2", 13)
+    assert bench("--num-layers", "1") == 2
+    assert "--num-layers shortens a --shape" in capsys.readouterr().err
+    assert bench("--shape", "tiny-llama", "--num-layers", "1", "--json", *SHORT) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["model"] == "tiny-llama, 1 layers"
+    assert (
+        result["parameters"]
+        == result["active_parameters"]
+        == tiny_config("tiny-llama", num_hidden_layers=1).num_parameters
+    )
+
+
+def test_bytes_of_a_step_follow_the_active_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = {**SHAPES["mixtral-8x7b"], **{k: TINY["tiny-llama"][k] for k in TINY["tiny-llama"]}}
+    raw |= {"model_type": "mixtral", "num_local_experts": 8}
+    sizes = []
+    for num_active in (1, 2, 8):
+        config = model_config({**raw, "num_experts_per_tok": num_active})
+        model = random_model(config, torch.float32)
+        embedding = config.vocab_size * config.dim
+        assert model.bytes_per_step == 4 * (config.num_active_parameters - embedding)
+        sizes.append(model.bytes_per_step)
+    expert = 2 * 3 * config.dim * config.hidden_dim  # of both layers
+    assert (sizes[1] - sizes[0], sizes[2] - sizes[1]) == (4 * expert, 4 * 6 * expert)
 
 
 def tiny_config(name: str, **changes: Any) -> ModelConfig:
@@ -261,7 +303,7 @@ def test_random_weights_are_larger_than_the_block_they_repeat() -> None:
 def test_a_written_shape_holds_the_weights_of_the_one_in_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptfast.shapes.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("gptfast.shards.SHARD_BYTES", 50_000)
     write_random_checkpoint(TINY[name], tmp_path, torch.float32, seed=3)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     read, made = load(tmp_path), random_model(tiny_config(name), torch.float32, seed=3)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_llm import EOS, VOCAB, say, write_byte_tokenizer, write_random_model, write_scripted_model
+from tiny import LLAMA, llama_tensors, write_folder
 
 from gptfast.commands import main
 from gptfast.engine import Engine
@@ -605,8 +606,8 @@ def remove(name: str) -> Callable[[Path], None]:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown model_type": (change_config(model_type="abacus"), "model_type 'abacus'"),
     "unsupported key": (
-        change_config(rope_scaling={"rope_type": "longrope", "factor": 2}),
-        "rope scaling 'longrope' is not supported",
+        change_config(rope_scaling={"rope_type": "spiral", "factor": 2}),
+        "rope scaling 'spiral' is not supported",
     ),
     "unknown activation": (change_config(hidden_act="tanh"), "hidden_act = 'tanh'"),
     "no config": (remove("config.json"), "there is no config.json"),
@@ -723,3 +724,15 @@ def test_a_process_of_its_own_says_one_line_too(options: list[str], fragment: st
         text=True,
     )
     assert_one_error(Result(result.returncode, result.stdout, result.stderr), fragment)
+
+
+def test_what_a_multimodal_model_leaves_out_is_said(tmp_path: Path, capsys: Any) -> None:
+    raw = {"model_type": "llava", "text_config": LLAMA}
+    tensors = {f"language_model.{n}": t for n, t in llama_tensors(LLAMA).items()}
+    tensors["vision_tower.layer.weight"] = torch.ones(2, 2)
+    folder = write_folder(tmp_path / "model", raw, tensors)
+    options = ["--model", str(folder), "--prompt-ids", "5,6", "--max-new-tokens", "2"]
+    assert main(["generate", *options, "--threads", "1", "--device", "cpu"]) == 0
+    assert "Left out, because it is no language model: 1 tensors of vision_tower" in (
+        capsys.readouterr().err
+    )

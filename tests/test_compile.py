@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases import CASES, write_checkpoint
 from test_engine import (
     GREEDY,
     MIXED,
@@ -27,6 +28,7 @@ from test_engine import (
 )
 from torch._dynamo.utils import counters
 
+from gptfast.checkpoint import load
 from gptfast.engine import Engine
 from gptfast.llm import LLM
 from gptfast.model import Transformer
@@ -175,4 +177,34 @@ def test_engines_of_one_process_do_not_push_each_other_out(
                 prompt = random_prompt(length, seed=1)
                 [result] = run(engine, (prompt, GREEDY))
                 assert_greedy(engine.model, prompt, result.token_ids)
+    assert num_graphs() == warm
+
+
+@pytest.mark.parametrize(
+    ("family", "num_kinds"),
+    [
+        ("gemma2", 2),  # layers with a window and without
+        ("gpt_oss", 2),
+        ("smollm3", 2),  # with positions and without
+        ("deepseek_v3", 2),  # the first layer without experts
+        ("qwen3_moe", 1),
+        ("bloom", 1),
+    ],
+)
+def test_a_graph_for_each_kind_of_block_and_none_more(
+    num_graphs: Callable[[], int], tmp_path: Path, family: str, num_kinds: int
+) -> None:
+    """Whatever the lengths, also where a prompt is longer than a window."""
+    name = next(name for name in CASES if name.startswith(f"{family}-"))
+    model = load(write_checkpoint(tmp_path, name), torch.float32)
+    assert len({block.kind for block in model.blocks}) == num_kinds
+    engine, before = Engine(model, 2, compile=True), num_graphs()
+    engine.runner.warm_up([GREEDY])
+    warm = num_graphs()
+    assert warm - before == 2 * num_kinds + 4  # and head and sampler, for one row and for all
+    params = replace(GREEDY, max_new_tokens=5)
+    for lengths in ((1,), (2, 17), (40, 3, 31)):
+        work = [(random_prompt(length), params) for length in lengths]
+        for result, (prompt, _) in zip(run(engine, *work), work, strict=True):
+            assert_greedy(model, prompt, result.token_ids)
     assert num_graphs() == warm

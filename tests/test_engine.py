@@ -3,6 +3,7 @@ it, before it or after it in its row.
 """
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -681,3 +682,62 @@ def test_the_first_token_is_reported_before_the_second_is_made(
     assert result.stats is not None
     first, second, third = result.stats.token_times
     assert first < decoded_at[0] < second < decoded_at[1] < third
+
+
+# -- rotation that depends on the length of a text --
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [2.0, 4.0, 9.0, 30.0],
+    "original_max_position_embeddings": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def stretched(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    folder = tmp_path_factory.mktemp("longrope")
+    return lively_llama(folder, context=1200, rope_scaling=LONGROPE)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_longrope_rows_are_read_anew_where_their_rotation_changes(
+    stretched: Transformer, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts that cross the length at various steps, together: each as in one pass over all of it.
+    (transformers drops its cache there too.)
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    work = [
+        (random_prompt(length), replace(GREEDY, max_new_tokens=14))
+        for length in (20, 30, 38, 39, 40, 41, 600)
+    ]
+    engine = Engine(stretched, 3, compile=compile)
+    for result, (prompt, _) in zip(run(engine, *work), work, strict=True):
+        assert len(result.token_ids) == 14
+        assert result.token_ids == uncached(stretched, prompt, 14)
+
+
+def test_longrope_prefixes_are_reused_on_the_short_side_only(stretched: Transformer) -> None:
+    engine = Engine(stretched, 1)
+    [first] = run(engine, (random_prompt(12), GREEDY))  # 20 tokens in all
+    longer = random_prompt(12) + first.token_ids[:-1] + random_prompt(5)
+    [second] = run(engine, (longer, replace(GREEDY, max_new_tokens=30)))  # 54: crosses
+    assert second.stats is not None and second.stats.num_cached_tokens == 19
+    again = longer + second.token_ids
+    [third] = run(engine, (again, GREEDY))
+    assert third.stats is not None and third.stats.num_cached_tokens == 0
+    assert third.token_ids == uncached(stretched, again, 8)
+
+
+def test_longrope_request_that_ends_where_it_would_cross(stretched: Transformer) -> None:
+    prompt = random_prompt(36)
+    expected = uncached(stretched, prompt, 12)
+    for num_new in range(3, 8):
+        params = replace(GREEDY, max_new_tokens=num_new)
+        [result] = run(Engine(stretched, 2), (prompt, params))
+        assert result.token_ids == expected[:num_new]
+        stop = replace(GREEDY, max_new_tokens=12, stop_token_ids=[expected[num_new - 1]])
+        [result] = run(Engine(stretched, 2), (prompt, stop))
+        first = expected.index(expected[num_new - 1])
+        assert result.token_ids == expected[: first + 1]

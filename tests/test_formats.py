@@ -9,7 +9,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from quantize import formats
-from quantize.formats import PackedLinear, pack_linears
+from quantize.formats import PackedLinear
+from quantize.grouped import GroupedLinear, PackedGroupedLinear, grouped_linear
+from quantize.packing import pack_linears
 
 needs_packing = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
@@ -72,6 +74,8 @@ def test_only_bfloat16_linears_with_a_weight_of_their_own_are_packed():
             "wide": linear(16, 16, bias=False, dtype=torch.float32),
             "table": nn.Embedding(16, 16, dtype=torch.bfloat16),
             "tied": linear(16, 16, bias=False),
+            "experts": GroupedLinear(2, 16, 16, bias=False).bfloat16(),
+            "wide_experts": GroupedLinear(2, 16, 16, bias=False),
         }
     )
     model["tied"].weight = model["table"].weight
@@ -79,6 +83,50 @@ def test_only_bfloat16_linears_with_a_weight_of_their_own_are_packed():
     assert isinstance(model["own"], PackedLinear)
     assert isinstance(model["wide"], nn.Linear)
     assert isinstance(model["tied"], nn.Linear)
+    assert isinstance(model["experts"], PackedGroupedLinear)
+    assert isinstance(model["wide_experts"], GroupedLinear)
+
+
+def grouped(bias: bool) -> GroupedLinear:
+    layer = GroupedLinear(4, 33, 24, bias).bfloat16().requires_grad_(False)
+    layer.weight.normal_()
+    if layer.bias is not None:
+        layer.bias.normal_()
+    return layer
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 2, 1], [0, 1, 0, 0], [0, 0, 0, 0]], ids=str)
+def test_packed_groups_equal_plain_ones(counts, bias):
+    plain = grouped(bias)
+    packed, ends = PackedGroupedLinear(plain), torch.tensor(counts).cumsum(0)
+    x = torch.randn(sum(counts), 33, dtype=torch.bfloat16)
+    exact = grouped_linear(
+        x.double(), plain.weight.double(), plain.bias.double() if bias else None, ends
+    )
+    assert packed(x, ends).shape == exact.shape
+    torch.testing.assert_close(packed(x, ends).double(), exact, rtol=2**-7, atol=2**-5)
+    assert torch.equal(packed.dequantize(), plain.weight)
+    assert packed.weight_bytes == plain.weight_bytes == 4 * 24 * 33 * 2
+
+
+@needs_packing
+def test_packed_groups_are_freed_and_share_a_compiled_graph():
+    gc.collect()
+    before = len(formats._packed_weights)
+    layers = [PackedGroupedLinear(grouped(bias=True)) for _ in range(2)]
+    assert len(formats._packed_weights) == before + 8
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(lambda layer, x, ends: layer(x, ends), backend=counter, fullgraph=True)
+    x, ends = torch.randn(5, 33, dtype=torch.bfloat16), torch.tensor([0, 2, 2, 5])
+    for layer in layers:
+        assert torch.equal(run(layer, x, ends), layer(x, ends))
+    assert counter.frame_count == 1
+    del layers, layer, run
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(formats._packed_weights) == before
 
 
 def test_nothing_is_packed_without_onednn(monkeypatch):

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_cases import CASES, raw_config
+from test_kernels import SCORINGS
 from tiny import tiny_gpt2, tiny_llama
 
 from gptfast.engine import Engine
+from gptfast.families import FAMILIES, model_config
 from gptfast.kernels.attention import attention, attention_reference
 from gptfast.llm import LLM
 from gptfast.sampling import SamplingParams
+from gptfast.shapes import random_model
+from quantize.grouped import grouped_linear, grouped_linear_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +35,56 @@ def test_attention_equals_its_reference(num_tokens, bound):
     found = attention(q, keys, values, positions, limit)
     exact = attention_reference(q, keys, values, positions)
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7])
+@pytest.mark.parametrize("name", SCORINGS)
+def test_scorings_equal_their_reference(name, num_tokens):
+    scoring = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in SCORINGS[name].items()
+    }
+    q = torch.randn(2, num_tokens, 4, 64, device="cuda")
+    keys, values = torch.randn(2, 2, 2, 257, 64, device="cuda")
+    positions = torch.tensor([[60], [200]], device="cuda") + torch.arange(num_tokens, device="cuda")
+    found = attention(q, keys, values, positions, torch.tensor(256), **scoring)
+    exact = attention_reference(q, keys, values, positions, **scoring)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("counts", [[3, 0, 2, 1], [100, 0, 20, 9], [0, 1, 0, 0]], ids=str)
+def test_grouped_linear_equals_its_reference(counts, dtype):
+    x = torch.randn(sum(counts), 64, device="cuda", dtype=dtype)
+    weight = torch.randn(len(counts), 48, 64, device="cuda", dtype=dtype) / 8
+    bias = torch.randn(len(counts), 48, device="cuda", dtype=dtype)
+    ends = torch.tensor(counts, device="cuda").cumsum(0)
+    for biases in (None, bias):
+        exact = grouped_linear_reference(x.float(), weight.float(), biases, ends)
+        found = grouped_linear(x, weight, biases, ends)
+        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(found.float(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_equal_the_cpu(family):
+    """Logits of a text, read and decoded, in float32; experts also in one graph."""
+    raw = raw_config(next(name for name in CASES if name.startswith(f"{family}-")))
+    config = model_config(raw)
+    ours = random_model(config, torch.float32)
+    text = torch.randint(3, config.vocab_size, (30,)).tolist()
+    [expected] = Engine(ours).all_logits(text)
+    compile = family in ("gpt_oss", "deepseek_v3")  # each takes half a minute
+    engine = Engine(random_model(config, torch.float32, "cuda"), 2, compile=compile)
+    [found] = engine.all_logits(text)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+    request = engine.submit(text[:20], SamplingParams(temperature=0, max_new_tokens=8))
+    tokens = []
+    while engine.has_work:
+        tokens += [t for e in engine.step() if e.request_id == request for t in e.token_ids]
+    [logits] = Engine(ours).all_logits(text[:20] + tokens)
+    chosen = logits[19:-1].gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(chosen, logits[19:-1].amax(1), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

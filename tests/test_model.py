@@ -1,8 +1,7 @@
 """The decoder against transformers on tiny random models, its cache against its own uncached pass,
-attention against its plain definition, and a real trained checkpoint against golden logits.
+and a real trained checkpoint against golden logits.
 """
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,6 @@ from torch import Tensor
 from gptfast.cache import KVCache
 from gptfast.checkpoint import load
 from gptfast.families import model_config
-from gptfast.kernels.attention import (
-    attention,
-    attention_on_any_device,
-    attention_reference,
-)
 from gptfast.model import Transformer, fused_rows
 
 LLAMA_3 = {
@@ -393,104 +387,6 @@ def test_counts_agree_with_the_parameters(raw: dict[str, Any]) -> None:
     tables += [] if model.positions is None else [model.positions.weight]
     read = sum(t.nbytes for t in parameters.values()) - sum(t.nbytes for t in tables)
     assert model.bytes_per_step == read
-
-
-# -- attention --
-
-
-def random_attention(
-    batch: int, num_tokens: int, heads: tuple[int, int], num_slots: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, keys, values, and positions: some rows consecutive as in use, some arbitrary or padded."""
-    generator = torch.Generator().manual_seed(seed)
-    num_heads, num_kv_heads = heads
-    q = torch.randn(batch, num_tokens, num_heads, 8, generator=generator)
-    keys, values = torch.randn(2, batch, num_kv_heads, num_slots + 1, 8, generator=generator)
-    positions = torch.randint(0, num_slots + 1, (batch, num_tokens), generator=generator)
-    return q, keys, values, positions
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 17])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (4, 1)])
-@pytest.mark.parametrize("seed", range(3))
-def test_attention_is_its_reference(num_tokens: int, heads: tuple[int, int], seed: int) -> None:
-    q, keys, values, positions = random_attention(3, num_tokens, heads, 24, seed)
-    y, expected = (op(q, keys, values, positions) for op in (attention, attention_reference))
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    assert y.isfinite().all()
-
-
-@pytest.mark.parametrize("op", [attention, attention_reference])
-def test_attention_by_hand(op: Callable[..., Tensor]) -> None:
-    """Query head 1 of 4 belongs to key/value head 0 of 2; position 3 sees slots 0 to 3."""
-    q, keys, values, _ = random_attention(2, 2, (4, 2), 10, seed=5)
-    y = op(q, keys, values, torch.tensor([[3, 9], [0, 10]]))
-    weights = (q[0, 0, 1] @ keys[0, 0, :4].T / 8**0.5).softmax(-1)
-    torch.testing.assert_close(y[0, 0, 1], weights @ values[0, 0, :4])
-    torch.testing.assert_close(y[1, 0], values[1, :, 0].repeat_interleave(2, 0))
-    assert y.shape == q.shape and y.is_contiguous() and y.isfinite().all()
-
-
-@pytest.mark.parametrize("op", [attention, attention_reference])
-@pytest.mark.parametrize("num_tokens", [1, 4])
-def test_slots_beyond_a_position_do_not_matter(op: Callable[..., Tensor], num_tokens: int) -> None:
-    """Bit for bit: stale slots hold huge numbers and the spare one NaN."""
-    q, keys, values, _ = random_attention(3, num_tokens, (4, 2), 16, seed=1)
-    positions = torch.tensor([[2], [15 - num_tokens + 1], [7]]) + torch.arange(num_tokens)
-    expected = op(q, keys, values, positions)
-    for row in range(3):
-        last = int(positions[row, -1])
-        keys[row, :, last + 1 :], values[row, :, last + 1 :] = 1e30, -1e30
-    keys[:, :, -1], values[:, :, -1] = float("nan"), float("nan")
-    assert torch.equal(op(q, keys, values, positions), expected)
-
-
-@pytest.mark.parametrize("bound", [14, 15, 24, 99])
-def test_attention_reads_no_further_than_a_bound(bound: int) -> None:
-    """What devices without a kernel of their own run, here on the CPU: slots from the bound on are
-    not even multiplied by zero.
-    """
-    q, keys, values, _ = random_attention(3, 2, (4, 2), 24, seed=7)
-    positions = torch.tensor([[2, 3], [12, 13], [24, 24]])
-    expected = attention_reference(q, keys, values, positions)
-    keys[:, :, bound:], values[:, :, bound:] = float("nan"), float("nan")
-    for op in (attention_on_any_device, attention):
-        y = op(q, keys, values, positions, torch.tensor(bound))
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("op", [attention, attention_reference])
-def test_attention_of_padding_alone_is_finite(op: Callable[..., Tensor]) -> None:
-    """An engine whose rows are all idle, with a spare slot that holds NaN."""
-    q, keys, values, _ = random_attention(2, 3, (4, 2), 6, seed=2)
-    keys[:, :, -1], values[:, :, -1] = float("nan"), float("nan")
-    assert op(q, keys, values, torch.full((2, 3), 6)).isfinite().all()
-
-
-def test_attention_takes_strided_views_and_leaves_its_inputs_alone() -> None:
-    """q comes as a slice of the fused projection, keys and values as one row of a larger cache."""
-    q, keys, values, positions = random_attention(2, 3, (4, 2), 12, seed=3)
-    fused = torch.cat((q, torch.randn(2, 3, 4, 8)), dim=2)
-    before = copy.deepcopy((fused, keys, values, positions))
-    y = attention(fused[:1, :, :4], keys[:1], values[:1], positions[:1])
-    torch.testing.assert_close(y, attention_reference(q, keys, values, positions)[:1])
-    assert all(map(torch.equal, before, (fused, keys, values, positions)))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_in_half_precision(dtype: torch.dtype) -> None:
-    q, keys, values, positions = random_attention(3, 5, (4, 2), 24, seed=4)
-    half = [tensor.to(dtype) for tensor in (q, keys, values)]
-    exact = attention_reference(*(tensor.float() for tensor in half), positions)
-    y = attention(*half, positions)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.03)
-
-
-@pytest.mark.parametrize("num_tokens", [1, 3])
-def test_attention_is_a_proper_operator(num_tokens: int) -> None:
-    inputs = random_attention(2, num_tokens, (4, 2), 12, seed=6)
-    torch.library.opcheck(torch.ops.gptfast.attention.default, (*inputs, torch.tensor(12)))
 
 
 # -- a real trained checkpoint --

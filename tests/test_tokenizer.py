@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from gptfast.hub import BUNDLED
 from gptfast.tokenizer import Tokenizer, load_tokenizer
 
 SENTENCES = [
@@ -203,6 +204,16 @@ def test_text_survives_encode_and_decode(tokenizer: Tokenizer, text: str) -> Non
 
 
 @quick
+@given(text=TEXTS)
+def test_ids_survive_decode_and_encode(tokenizer: Tokenizer, text: str) -> None:
+    """The ids of a text; any ids at all do not (two tokens may spell a third), nor do those of a
+    tokenizer whose decoder takes a space that its encoder did not put there."""
+    ids = tokenizer.encode(text, bos=False)
+    if tokenizer.decode(tokenizer.encode(" a", bos=False)) == " a":
+        assert tokenizer.encode(tokenizer.decode(ids), bos=False) == ids
+
+
+@quick
 @given(seed=st.integers(0, 10**6), num_ids=st.integers(0, 60), skip=st.booleans())
 def test_stream_equals_decode_for_any_ids(
     tokenizer: Tokenizer, seed: int, num_ids: int, skip: bool
@@ -321,6 +332,54 @@ def test_control_tokens_that_swallow_white_space(tmp_path: Path) -> None:
 def test_no_tokenizer_files(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     assert load_tokenizer(tmp_path) is None
+
+
+def test_opt_puts_its_end_token_in_front(tmp_path: Path) -> None:
+    """GPT-2's class and files, but BOS is EOS is `</s>`, a word of vocab.json, and comes first."""
+
+    def write(folder: Path) -> None:
+        library = train_byte_level()
+        library.model.save(str(folder))
+        vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+        learned = json.loads((folder / "vocab.json").read_text())
+        write_json(folder / "vocab.json", vocab | {t: i + 4 for t, i in learned.items()})
+        end = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "rstrip": False}
+        names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+        config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "pad_token": "<pad>"}
+        write_json(folder / "tokenizer_config.json", names | config)
+        write_json(folder / "config.json", {"model_type": "opt"})
+
+    tokenizer = made(tmp_path, write)
+    assert tokenizer.encode("fox")[0] == tokenizer.bos_token_id == tokenizer.eos_token_id == 2
+    assert tokenizer.encode("", bos=None) == [2]
+    assert 2 not in tokenizer.encode("a </s> b")[1:]
+    assert tokenizer.special_tokens["pad_token"] == "<pad>"
+    transformers = pytest.importorskip("transformers")
+    oracle = transformers.AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    for text in (*SENTENCES, "", " fox", "a</s>b", "  \n"):
+        assert tokenizer.encode(text, control=True) == oracle(text)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer"])
+def test_classes_of_vocab_and_merges_equal_transformers(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def write(folder: Path) -> None:
+        library = train_byte_level()
+        library.add_special_tokens(["<|endoftext|>"])
+        library.model.save(str(folder))
+        size = library.get_vocab_size(with_added_tokens=False)
+        tokens = {str(size): added("<|endoftext|>")}
+        config = {"tokenizer_class": name, "added_tokens_decoder": tokens}
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "config.json", {"model_type": "gpt2"})
+
+    tokenizer = made(tmp_path, write)
+    oracle = transformers.AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    assert type(oracle).__name__ == name
+    # e and a combining acute: only some compose them
+    for text in (*SENTENCES, " fox", "cafe\u0301 12345", "a<|endoftext|>b", "I'll\n\n  go"):
+        assert tokenizer.encode(text, control=True) == oracle(text)["input_ids"], text
 
 
 def test_added_words_and_visible_control_tokens(tmp_path: Path) -> None:
@@ -598,6 +657,55 @@ def test_mistral_files_load(shared_data: Path, tmp_path: Path, name: str, size: 
     if size == 32_768:  # v3 has control tokens for its turns
         assert ids == [1, 3, 12782, 4]
     assert tokenizer.decode(tokenizer.encode("[INST] hi[/INST]")) == "[INST] hi[/INST]"
+
+
+def test_qwens_tiktoken_file(shared_data: Path, tmp_path: Path) -> None:
+    """The ranks of Qwen 1 are the ids of Qwen 2's vocab.json, written differently."""
+    source = shared_data / "tokenizers" / "qwen2"
+    pieces = loaded(source)
+    lines = [base64.b64encode(pieces.token_bytes(i)) + b" %d\n" % i for i in range(151_643)]
+    (tmp_path / "qwen.tiktoken").write_bytes(b"".join(lines))
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer"})
+    tokenizer = loaded(tmp_path)
+    golden = json.loads((shared_data / "tokenizers" / "golden.json").read_text())["qwen2"]
+    for entry in golden:
+        assert tokenizer.encode(entry["text"]) == entry["ids"]
+        assert tokenizer.decode(entry["ids"]) == entry["text"]
+    assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")
+    assert tokenizer.eos_token_id == 151_643 and tokenizer.vocab_size == 151_851
+    ids = tokenizer.encode("<|im_start|>a<|im_end|>", control=True)
+    assert [ids[0], ids[-1]] == [151_644, 151_645]
+    assert 151_644 not in tokenizer.encode("<|im_start|>")
+
+
+def real_tokenizers(shared_data: Path) -> dict[str, Path]:
+    """Every tokenizer there is: folders, and single files of Mistral's."""
+    folder = shared_data / "tokenizers"
+    found = {name: folder / name for name in ("llama2", "llama3", "gpt2", "qwen2", "gpt-neox-20b")}
+    found |= {path.name: path for path in sorted((folder / "mistral").glob("*.model.v*"))}
+    found["llama2 sentencepiece"] = folder / "llama2" / "tokenizer.model"
+    found["stories260K"] = shared_data / "checkpoints" / "stories260K-hf"
+    return found | dict(BUNDLED)
+
+
+def test_ids_of_real_tokenizers_survive_decode_and_encode(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    golden = json.loads((shared_data / "tokenizers" / "golden.json").read_text())
+    assert set(golden) == {case.split()[0] for case in GOLDEN}  # each has its test above
+    texts = [entry["text"] for entries in golden.values() for entry in entries]
+    texts += [*SENTENCES, (shared_data / "text" / "tinyshakespeare.txt").read_text()[:5000]]
+    sources = real_tokenizers(shared_data)
+    assert len(sources) == 11
+    for name, source in sources.items():
+        if source.is_file():
+            (tmp_path / name).mkdir()
+            tokenizer = alone(source.parent, [source.name], tmp_path / name)
+        else:
+            tokenizer = loaded(source)
+        for text in texts:
+            ids = tokenizer.encode(text, bos=False)
+            assert tokenizer.encode(tokenizer.decode(ids), bos=False) == ids, (name, text)
 
 
 def test_story_checkpoint_texts(shared_data: Path) -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": ("gptfast.commands.generate", "complete prompts with a model"),
     "chat": ("gptfast.commands.chat", "talk with a model over several turns"),
     "bench": ("gptfast.commands.bench", "measure decoding speed, memory and bandwidth"),
+    "download": ("gptfast.commands.download", "fetch a Hugging Face model, only what is needed"),
     "info": ("gptfast.commands.info", "show a model's facts, size and memory needs"),
 }
 EXIT_USER_ERROR = 2

@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"random weights instead of a model, bf16 by default: {', '.join(SHAPES)}",
     )
     for name, default, text in (
+        ("num-layers", None, "with --shape: only the first so many layers of it"),
         ("prompt-tokens", 8, "length of the short prompt; default: %(default)s"),
         ("prefill-tokens", None, f"length of the long prompt; default: {DEFAULT_PREFILL_TOKENS}"),
         ("new-tokens", None, f"tokens decoded; default: {DEFAULT_NEW_TOKENS}"),
@@ -101,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.shape and args.model != DEFAULT_MODEL:
         raise ValueError("--model and --shape cannot be given together")
+    if args.num_layers and not args.shape:
+        raise ValueError("--num-layers shortens a --shape; a model has the layers that it has")
     set_threads(args)
     device = parse_device(args.device)
     with _subject(args, device) as subject:
@@ -141,17 +144,18 @@ def _subject(args: argparse.Namespace, device: torch.device) -> Iterator[_Subjec
         make = partial(load, folder, dtype, device, progress_bar)
         yield _Subject(folder.name, source.config, dtype, make, folder)
         return
-    raw, dtype = shape_config(args.shape), shape_dtype(asked)
+    raw, dtype = shape_config(args.shape, args.num_layers), shape_dtype(asked)
     config = model_config(raw)
+    name = args.shape if args.num_layers is None else f"{args.shape}, {args.num_layers} layers"
     if not args.peer:
         make = partial(random_model, config, dtype, device)
-        yield _Subject(args.shape, config, dtype, make, None)
+        yield _Subject(name, config, dtype, make, None)
         return
     with tempfile.TemporaryDirectory(prefix="gptfast-bench-") as temporary:
         note(f"Writing random weights to {temporary}, for all engines to read")
         write_random_checkpoint(raw, Path(temporary), dtype)
         make = partial(load, Path(temporary), dtype, device, progress_bar)
-        yield _Subject(args.shape, config, dtype, make, Path(temporary))
+        yield _Subject(name, config, dtype, make, Path(temporary))
 
 
 def _work(args: argparse.Namespace, config: ModelConfig) -> Work:
@@ -212,6 +216,7 @@ def _header(
         "model": subject.name,
         "weights": "random" if args.shape else "checkpoint",
         "parameters": subject.config.num_parameters,
+        "active_parameters": subject.config.num_active_parameters,
         "dtype": str(subject.dtype).removeprefix("torch."),
         "compile": args.compile,
         "batch_size": args.batch_size,

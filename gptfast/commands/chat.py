@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from gptfast.commands.options import (
     add_model_options,
@@ -20,6 +21,11 @@ from gptfast.sampling import SamplingParams
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Type /reset to start over, /exit or Ctrl-D to end; Ctrl-C stops an answer."
     parser.add_argument("--system", help="a system message before the conversation")
+    parser.add_argument(
+        "--no-thinking",
+        action="store_true",
+        help="ask a thinking model to answer at once (its template's enable_thinking=False)",
+    )
     add_model_options(parser)
     add_run_options(parser)
     add_sampling_options(parser)
@@ -29,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args)
     llm = load_llm(args, batch_size=1)
     beginning: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
-    llm.encode_chat([*beginning, {"role": "user", "content": "?"}])  # says now what is missing
+    variables = {"enable_thinking": False} if args.no_thinking else {}
+    # Says now what is missing.
+    llm.encode_chat([*beginning, {"role": "user", "content": "?"}], **variables)
     note_loaded(args, llm)
     messages = list(beginning)
     while (text := _read_turn()) is not None:
@@ -42,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         question: Message = {"role": "user", "content": text}
         try:
-            answer = _answer(llm, [*messages, question], params)
+            answer = _answer(llm, [*messages, question], params, variables)
         except ValueError as error:
             # Too long for the context, say. The conversation so far is kept.
             note(f"gptfast: error: {error}; /reset starts over")
@@ -62,11 +70,13 @@ def _read_turn() -> str | None:
     return line.strip() if line else None
 
 
-def _answer(llm: LLM, messages: list[Message], params: SamplingParams) -> str:
+def _answer(
+    llm: LLM, messages: list[Message], params: SamplingParams, variables: dict[str, Any]
+) -> str:
     """Streams the answer, then says what it cost. Ctrl-C ends it where it stands."""
     text, stats = "", None
     try:
-        for chunk in llm.stream_chat(messages, params):
+        for chunk in llm.stream_chat(messages, params, **variables):
             text, stats = text + chunk.text, chunk.stats
             print(chunk.text, end="", flush=True)
     except KeyboardInterrupt:

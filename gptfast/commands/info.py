@@ -1,19 +1,27 @@
 """`gptfast info`: what a checkpoint is, what it needs, and whether this version runs it. Reads no
-weights.
+weights. `gptfast info --families`: which models run at all.
 """
 
 import argparse
 import json
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from gptfast.chat import find_template
-from gptfast.checkpoint import inspect
+from gptfast.checkpoint import inspect, suggested_sampling
+from gptfast.config import ModelConfig, RopeConfig
 from gptfast.device import DTYPES, format_bytes, free_memory, parse_device, parse_dtype
 from gptfast.engine import check_sizes
 from gptfast.families import FAMILIES
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.tokenizer import load_tokenizer
+
+# Lines that are only printed where there is something to say.
+OCCASIONAL = (
+    "active_parameters experts window_layers latent_cache rope local_rope suggested_sampling "
+    "left_out"
+).split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,20 +34,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-seq-len", type=int, metavar="TOKENS", help="context to plan for")
     parser.add_argument("--batch-size", type=int, default=1, metavar="ROWS")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--families",
+        action="store_true",
+        help="print the table of supported families instead, in Markdown",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.families:
+        print(families_table())
+        return 0
     facts = describe(args)
     if args.json:
         print(json.dumps(facts))
         return 0
     for key, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {item}" for name, item in value.items())
-        if key.endswith("_bytes") and value is not None:
-            value = f"{format_bytes(value)} ({value:,})"
-        print(f"{key:<22} {value}")
+        if value is not None or key not in OCCASIONAL:
+            print(f"{key:<22} {_in_words(key, value)}")
     return 0
+
+
+def families_table() -> str:
+    """FAMILIES as a Markdown table; a test holds the one in README.md against it."""
+    lines = ["| `model_type` | models | special | proved by |", "|---|---|---|---|"]
+    for model_type, family in FAMILIES.items():
+        proof = f"`pytest tests/test_parity.py -k {proof_selector(model_type)}`"
+        lines.append(f"| `{model_type}` | {family.examples} | {family.special} | {proof} |")
+    return "\n".join(lines)
+
+
+def proof_selector(model_type: str) -> str:
+    """What selects the tests of one family: their ids begin with its name and a hyphen."""
+    return f"{model_type}-"
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -54,17 +81,25 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     device = parse_device(args.device)
     free = free_memory(device)
     tokenizer = load_tokenizer(folder)
+    apart = ("model_type", "rope", "local_rope")
     return {
         "model": folder.name,
         "family": f"{config.model_type} ({FAMILIES[config.model_type].examples})",
         "parameters": config.num_parameters,
-        "facts": {k: v for k, v in asdict(config).items() if k not in ("model_type", "rope")},
+        "active_parameters": config.num_active_parameters if config.experts else None,
+        "experts": _experts(config),
+        "window_layers": _window_layers(config),
+        "latent_cache": _latent_cache(config),
+        "facts": {key: value for key, value in asdict(config).items() if key not in apart},
         "rope": asdict(config.rope) if config.rope else None,
+        "local_rope": asdict(config.local_rope) if config.local_rope else None,
         "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens"
         if tokenizer
         else None,
         "chat_template": find_template(folder) is not None,
+        "suggested_sampling": suggested_sampling(folder) or None,
+        "left_out": checkpoint.left_out or None,
         "context": context,
         "weights_bytes": weights,
         "cache_bytes": cache,
@@ -73,3 +108,60 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "fits": free is None or weights + cache <= free,
         "supported": True,
     }
+
+
+def _experts(config: ModelConfig) -> str | None:
+    if (experts := config.experts) is None:
+        return None
+    num_sparse = sum(map(config.has_experts, range(config.num_layers)))
+    shared = (
+        f" and a shared one of {experts.shared_hidden_dim}" if experts.shared_hidden_dim else ""
+    )
+    return (
+        f"{experts.num_active} of {experts.num_experts} active for a token, each of "
+        f"{experts.hidden_dim} units{shared}, in {num_sparse} of {config.num_layers} layers"
+    )
+
+
+def _window_layers(config: ModelConfig) -> str | None:
+    counts = Counter(window for window in config.windows if window is not None)
+    words = [f"{num} see the latest {width} tokens" for width, num in counts.items()]
+    return f"of {config.num_layers} layers {', '.join(words)}" if words else None
+
+
+def _latent_cache(config: ModelConfig) -> str | None:
+    if config.latent is None:
+        return None
+    per_head = config.latent.nope_dim + config.latent.rope_dim + config.latent.value_dim
+    return (
+        f"{sum(config.cache_shape[1:])} numbers a token and layer; keys and values of "
+        f"{config.num_heads} heads would be {config.num_heads * per_head}"
+    )
+
+
+def _in_words(key: str, value: Any) -> str:
+    if key == "facts":
+        return _telling(ModelConfig, value)
+    if key in ("rope", "local_rope"):
+        return _telling(RopeConfig, value)
+    if key == "suggested_sampling":
+        return ", ".join(f"{name} {item}" for name, item in value.items()) + " (never applied)"
+    if key.endswith("parameters"):
+        return f"{value:,}"
+    if key.endswith("_bytes") and value is not None:
+        return f"{format_bytes(value)} ({value:,})"
+    return str(value)
+
+
+def _telling(kind: type[ModelConfig] | type[RopeConfig], values: dict[str, Any]) -> str:
+    """Facts that every model has, and those of the others that are not the neutral ones. What has
+    a line of its own, or a number for each layer or head, is left to --json.
+    """
+    words = []
+    for field in fields(kind):
+        value = values.get(field.name, field.default)
+        is_always_told = field.default is MISSING or field.name in ("theta", "eos_token_ids")
+        is_telling = value != field.default and not isinstance(value, dict | tuple)
+        if field.name in values and (is_always_told or is_telling):
+            words.append(f"{field.name} {value}")
+    return ", ".join(words)

@@ -134,6 +134,8 @@ def note_loaded(args: argparse.Namespace, llm: LLM) -> None:
         f"Loaded {llm.folder.name}: {config.num_parameters:,} parameters, "
         f"{str(llm.model.embed.weight.dtype).removeprefix('torch.')} on {llm.engine.device}"
     )
+    if llm.left_out:
+        note(f"Left out, because it is no language model: {llm.left_out}")
     note(f"Time to load model: {llm.load_s:.2f} seconds")
     if args.max_seq_len is None and context < config.max_seq_len:
         note(

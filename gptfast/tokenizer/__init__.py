@@ -36,6 +36,7 @@ def load_tokenizer(folder: Path) -> "Tokenizer | None":
 class Tokenizer:
     """Encodes and decodes; immutable, so threads may share it.
 
+    `special_tokens` are the ones that files name: bos_token, eos_token, pad_token and so on.
     `control_tokens` maps each control token to its id; `hidden_ids` are those that decode drops by
     default. Some control tokens are visible: a model that writes `<tool_call>` wants it read.
     """
@@ -47,6 +48,7 @@ class Tokenizer:
         self.eos_token = eos.content if eos else None
         self.bos_token_id = bos.id if bos else None
         self.eos_token_id = eos.id if eos else None
+        self.special_tokens = vocabulary.special_tokens
         self.control_tokens = {token.content: token.id for token in vocabulary.control}
         self.hidden_ids = frozenset(token.id for token in vocabulary.control if token.special)
         self._pieces: Pieces = vocabulary.pieces

@@ -29,6 +29,7 @@ BYTE_LEVEL_CLASSES: dict[str | None, tuple[str | None, bool]] = {
     None: (None, False),
     "GPT2Tokenizer": (None, False),
     "CodeGenTokenizer": (None, False),
+    "GPTNeoXTokenizer": (None, True),
     "Qwen2Tokenizer": (SPLIT.replace("DIGITS", r"\p{N}"), True),
 }
 # GPT-2's only control token, and its heirs' BOS and EOS; their configs often name none at all.

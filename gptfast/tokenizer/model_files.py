@@ -1,11 +1,12 @@
-"""`.model` files: sentencepiece's protobuf, or tiktoken's lines of token and rank.
+"""`.model` and `.tiktoken` files: sentencepiece's protobuf, or tiktoken's lines of token and rank.
 
 The bytes tell which of the two a file is.
 """
 
 import base64
 import re
-from dataclasses import replace
+import unicodedata
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -20,16 +21,61 @@ from gptfast.tokenizer.vocabulary import (
     read_bytes,
 )
 
-LLAMA3_SPLIT = SPLIT.replace("DIGITS", r"\p{N}{1,3}")
-# The tokenizer_class of folders whose tiktoken file is split as Llama 3 splits.
-LLAMA3_CLASSES = {None, "PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer"}
+
+@dataclass(frozen=True)
+class RanksUse:
+    """What a tiktoken file does not say: how text is split and composed (NFC), and which control
+    tokens follow the `size` ranks of the published file."""
+
+    split: str
+    size: int
+    control: tuple[str, ...]
+    bos: str | None
+    eos: str
+    composes: bool = False
+
+
+def _llama3_control() -> tuple[str, ...]:
+    """Llama 3's 256 control tokens; Meta's own folders name them nowhere."""
+    names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
+    names[9] = "eot_id"
+    others = iter(range(256))
+    contents = [names.get(i) or f"reserved_special_token_{next(others)}" for i in range(256)]
+    return tuple(f"<|{name}|>" for name in contents)
+
+
+LLAMA3 = RanksUse(
+    split=SPLIT.replace("DIGITS", r"\p{N}{1,3}"),
+    size=128_000,
+    control=_llama3_control(),
+    bos="<|begin_of_text|>",
+    eos="<|end_of_text|>",
+)
+QWEN = RanksUse(
+    split=SPLIT.replace("DIGITS", r"\p{N}"),
+    size=151_643,
+    control=(
+        *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        *(f"<|extra_{i}|>" for i in range(205)),
+    ),
+    bos=None,
+    eos="<|endoftext|>",
+    composes=True,
+)
+# By tokenizer_class. Meta's own folders name none.
+RANKS_USES: dict[str | None, RanksUse] = {
+    **dict.fromkeys((None, "PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer"), LLAMA3),
+    "QWenTokenizer": QWEN,
+}
 # Joined protobuf messages merge: this is ModelProto{normalizer_spec{add_dummy_prefix: false}}.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 def find_model_file(folder: Path) -> Path | None:
-    """The `.model` file (Mistral's also end in `.model.v3`); of several, tokenizer.model."""
-    paths = sorted({*folder.glob("*.model"), *folder.glob("*.model.v[0-9]*")})
+    """The file of sentencepiece or tiktoken (Mistral's also end in `.model.v3`, Qwen's in
+    `.tiktoken`); of several, tokenizer.model."""
+    endings = ("*.model", "*.model.v[0-9]*", "*.tiktoken")
+    paths = sorted({path for ending in endings for path in folder.glob(ending)})
     if len(paths) < 2:
         return paths[0] if paths else None
     if folder / "tokenizer.model" in paths:
@@ -111,16 +157,19 @@ class SentencePieces:
 
 
 def _read_tiktoken(path: Path, data: bytes, declared: Declared) -> Vocabulary:
-    if declared.tokenizer_class not in LLAMA3_CLASSES:
+    use = RANKS_USES.get(declared.tokenizer_class)
+    if use is None:
         raise ValueError(
             f"{path}: a tiktoken file does not say how text is split, and tokenizer_class "
-            f"{declared.tokenizer_class} is not Llama 3's; add the model's tokenizer.json"
+            f"{declared.tokenizer_class} is not Llama 3's or Qwen's; add the model's tokenizer.json"
         )
     ranks = _read_ranks(path, data)
-    if not declared.tokens and len(ranks) == 128_000:
-        declared = replace(declared, tokens=_llama3_tokens(len(ranks)))
-    names = ("<|begin_of_text|>", "<|end_of_text|>")
-    return assemble(TiktokenPieces(ranks, declared), declared, (), names=names, adds_bos=True)
+    if not declared.tokens and len(ranks) == use.size:
+        own = [AddedToken(name, use.size + i) for i, name in enumerate(use.control)]
+        declared = replace(declared, tokens=tuple(own))
+    pieces = TiktokenPieces(ranks, declared, use)
+    names = (use.bos, use.eos)
+    return assemble(pieces, declared, (), names=names, adds_bos=use.bos is not None)
 
 
 def _read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
@@ -141,31 +190,24 @@ def _read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _llama3_tokens(first_id: int) -> tuple[AddedToken, ...]:
-    """Llama 3's 256 control tokens; Meta's own folders name them nowhere."""
-    names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
-    names[9] = "eot_id"
-    others = iter(range(256))
-    contents = [names.get(i) or f"reserved_special_token_{next(others)}" for i in range(256)]
-    return tuple(AddedToken(f"<|{name}|>", first_id + i) for i, name in enumerate(contents))
-
-
 class TiktokenPieces:
-    """Pieces of a tiktoken file, split as Llama 3 splits."""
+    """Pieces of a tiktoken file."""
 
     drops_space = False
     unknown_id: int | None = None
 
-    def __init__(self, ranks: dict[bytes, int], declared: Declared) -> None:
+    def __init__(self, ranks: dict[bytes, int], declared: Declared, use: RanksUse) -> None:
         self.num_learned = len(ranks)
+        self._composes = use.composes
         self._ranks = ranks
         self._bytes = {rank: token for token, rank in ranks.items()}
         self._bytes |= {token.id: token.content.encode() for token in declared.tokens}
         self._encoding = tiktoken.Encoding(
-            "file", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={}
+            "file", pat_str=use.split, mergeable_ranks=ranks, special_tokens={}
         )
 
     def encode(self, text: str, at_start: bool) -> list[int]:
+        text = unicodedata.normalize("NFC", text) if self._composes else text
         return self._encoding.encode_ordinary(text)
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -58,6 +58,7 @@ class Vocabulary:
     guarded: tuple[AddedToken, ...]  # must never come out of pieces.encode
     bos: AddedToken | None
     eos: AddedToken | None
+    special_tokens: dict[str, str]  # bos_token, eos_token, ... as templates call them
     prefix: tuple[int, ...]  # what the files put before and behind a text by default
     suffix: tuple[int, ...]
 
@@ -164,9 +165,22 @@ def assemble(
         guarded=tuple(t for t in control if t.id not in emitted and len(t.content) > 1),
         bos=bos,
         eos=eos,
+        special_tokens=_special_tokens(declared.config, bos, eos),
         prefix=tuple(around[0]),
         suffix=tuple(around[1]),
     )
+
+
+def _special_tokens(
+    config: dict[str, Any], bos: AddedToken | None, eos: AddedToken | None
+) -> dict[str, str]:
+    """By the names that chat templates know them by; a model may have names of its own."""
+    own = config.get("extra_special_tokens")
+    named = {name: config.get(name) for name in SINGLE_NAMES} | (own if type(own) is dict else {})
+    contents = {name: _content(value) for name, value in named.items()}
+    contents["bos_token"] = bos.content if bos else None
+    contents["eos_token"] = eos.content if eos else None
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def _added_tokens(

@@ -1,0 +1,159 @@
+"""Rows that go through different weights: y[p] = weight[group of p] x[p], rows sorted by group.
+
+This is what experts are made of. The ops are opaque to the compiler: which groups have rows is
+known only when they run, and only their weights are read. Their meaning is
+`grouped_linear_reference`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantize.formats import keep_packed, packed_weight
+
+# Up to this many rows, weights are gathered row by row where there is no grouped product.
+MAX_GATHERED_ROWS = 64
+
+
+class GroupedLinear(nn.Module):
+    """One linear for each group of rows, weights [E, N, K]."""
+
+    def __init__(self, num_groups: int, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.weight = nn.Parameter(torch.empty(num_groups, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(num_groups, out_features)) if bias else None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of all groups."""
+        return self.weight.nbytes
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [P, K] sorted by group, of which group e ends before row ends[e] -> [P, N]."""
+        return grouped_linear(x, self.weight, self.bias, ends)
+
+
+class PackedGroupedLinear(nn.Module):
+    """`GroupedLinear` in bfloat16 for the CPU, each group's weight in oneDNN's blocked layout."""
+
+    def __init__(self, linear: GroupedLinear) -> None:
+        super().__init__()
+        self.num_groups, self.out_features, _ = linear.weight.shape
+        self.weight_bytes = linear.weight_bytes
+        self.bias = linear.bias
+        handles = [keep_packed(self, weight.detach()) for weight in linear.weight]
+        self.register_buffer("handles", torch.tensor(handles), persistent=False)
+
+    handles: Tensor
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """As `GroupedLinear`."""
+        return torch.ops.quantize.packed_grouped_linear.default(
+            x, self.handles, self.bias, ends, self.out_features
+        )
+
+    def dequantize(self) -> Tensor:
+        """The weights [E, N, K]."""
+        return torch.stack([packed_weight(handle).to_dense() for handle in self.handles.tolist()])
+
+
+torch.library.define(
+    "quantize::grouped_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor ends) -> Tensor",
+)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """x [P, K], weight [E, N, K], bias [E, N] or None, ends [E] -> [P, N].
+
+    Rows are sorted by group: those of group e end before row `ends[e]`, where the next begin.
+    """
+    return torch.ops.quantize.grouped_linear.default(x, weight, bias, ends)
+
+
+@torch.library.register_fake("quantize::grouped_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), weight.size(1))
+
+
+def grouped_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor
+) -> Tensor:
+    """The meaning of `grouped_linear`, a weight gathered for every row."""
+    groups = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    y = torch.bmm(weight[groups], x.unsqueeze(-1)).squeeze(-1)
+    return y if bias is None else y + bias[groups]
+
+
+def grouped_linear_on_host(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """One product for each group that has rows; the host must know the ends."""
+    y = x.new_empty(x.size(0), weight.size(1))
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            y[start:end] = F.linear(
+                x[start:end], weight[group], None if bias is None else bias[group]
+            )
+        start = end
+    return y
+
+
+def grouped_linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """Without waiting for the device, except for many rows where there is no grouped product."""
+    if _has_grouped_product(x, weight):
+        y = F.grouped_mm(x, weight.transpose(-1, -2), offs=ends.to(torch.int32))
+        if bias is None:
+            return y
+        groups = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+        return y + bias[groups]
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if x.size(0) > MAX_GATHERED_ROWS and not capturing:
+        return grouped_linear_on_host(x, weight, bias, ends)
+    parts = [
+        grouped_linear_reference(part, weight, bias, (ends - start).clamp(0, len(part)))
+        for start, part in zip(
+            range(0, x.size(0), MAX_GATHERED_ROWS), x.split(MAX_GATHERED_ROWS), strict=True
+        )
+    ]
+    return torch.cat(parts)
+
+
+def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
+    """PyTorch's runs on the device alone from Hopper on (9.x and 10.x), in bfloat16, where rows
+    are aligned; elsewhere it asks the host.
+    """
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
+        return False
+    return x.dtype == torch.bfloat16 and weight.size(1) % 8 == 0 and weight.size(2) % 8 == 0
+
+
+torch.library.impl("quantize::grouped_linear", "default", grouped_linear_reference)
+torch.library.impl("quantize::grouped_linear", "cpu", grouped_linear_on_host)
+torch.library.impl("quantize::grouped_linear", "cuda", grouped_linear_on_cuda)
+
+torch.library.define(
+    "quantize::packed_grouped_linear",
+    "(Tensor x, Tensor handles, Tensor? bias, Tensor ends, SymInt out_features) -> Tensor",
+)
+
+
+@torch.library.impl("quantize::packed_grouped_linear", "cpu")
+def _packed_grouped_linear_cpu(
+    x: Tensor, handles: Tensor, bias: Tensor | None, ends: Tensor, out_features: int
+) -> Tensor:
+    y = x.new_empty(x.size(0), out_features)
+    start = 0
+    for group, (handle, end) in enumerate(zip(handles.tolist(), ends.tolist(), strict=True)):
+        if end > start:
+            group_bias = None if bias is None else bias[group]
+            y[start:end] = torch.ops.mkldnn._linear_pointwise(
+                x[start:end], packed_weight(handle), group_bias, "none", [], ""
+            )
+        start = end
+    return y
+
+
+@torch.library.register_fake("quantize::packed_grouped_linear")
+def _(x: Tensor, handles: Tensor, bias: Tensor | None, ends: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(x.size(0), out_features)
