@@ -45,9 +45,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = parse_device(args.device)
-    dtype = parse_dtype(args.dtype) or torch.bfloat16
-    config = model_config(shape_config(args.shape, args.num_layers))
+    try:
+        device = parse_device(args.device)
+        dtype = parse_dtype(args.dtype) or torch.bfloat16
+        config = model_config(shape_config(args.shape, args.num_layers))
+    except ValueError as error:
+        parser.error(str(error))
     if config.experts is None:
         parser.error(f"shape {args.shape} has no experts")
     header = {

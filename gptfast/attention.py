@@ -34,7 +34,9 @@ class _CachedAttention(nn.Module):
         rope = config.layer_rope(layer)
         self.interleaved = rope is not None and rope.interleaved
         self.scale = config.attention_scale or config.head_dim**-0.5
-        self.window, self.softcap = config.window(layer), config.attention_softcap
+        window = config.window(layer)  # one as long as the context hides nothing
+        self.window = window if window is not None and window < config.max_seq_len else None
+        self.softcap = config.attention_softcap
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.attention_sinks else None
         # Real numbers even while the weights are still on the meta device.
         slopes = torch.tensor(config.alibi, device="cpu") if config.alibi else None

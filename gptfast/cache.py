@@ -28,6 +28,11 @@ class LayerCache:
     bound: Tensor
 
     @property
+    def max_seq_len(self) -> int:
+        """Tokens that a row can hold; also the index of the spare slot."""
+        return self.keys.size(2) - 1
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.keys,) if self.values is None else (self.keys, self.values)
 
@@ -78,7 +83,7 @@ class KVCache:
     @property
     def max_seq_len(self) -> int:
         """Tokens that a row can hold; also the index of the spare slot."""
-        return self.layers[0].keys.size(2) - 1
+        return self.layers[0].max_seq_len
 
     @property
     def bound(self) -> Tensor:

@@ -131,7 +131,8 @@ def load(
     device = torch.device(device)
     chosen = parse_dtype(dtype) or source.dtype
     check_fits(
-        source.config.num_parameters * chosen.itemsize,
+        (source.config.num_parameters + _num_packed_at_once(source.config, device))
+        * chosen.itemsize,
         device,
         f"{source.folder.name}: {source.config.num_parameters:,} weights in {chosen}",
         "use a smaller dtype or model",
@@ -144,6 +145,14 @@ def load(
     model.tie_head()
     pack_linears(model)
     return model.to(device).eval()
+
+
+def _num_packed_at_once(config: ModelConfig, device: torch.device) -> int:
+    """Weights that stand in memory twice while a layer's experts are packed for the CPU."""
+    experts = config.experts
+    if experts is None or device.type != "cpu":
+        return 0
+    return experts.num_experts * 2 * experts.hidden_dim * config.dim
 
 
 def read_parameters(
@@ -234,17 +243,13 @@ class _Matching:
         """`name` as the files spell it: the head may stand outside of the beginning that all others
         share.
         """
-        changed = self._changed(name, self.expected, self.found)
+        changed = _renamed(name, self.expected, self.found)
         probe = changed.replace("{e}", "0")
         return changed if probe in self.names else name
 
-    @staticmethod
-    def _changed(name: str, expected: str, found: str) -> str:
-        return found + name.removeprefix(expected) if name.startswith(expected) else name
-
     def _num_found(self, rename: tuple[str, str]) -> int:
         names = (sources[0].names[0].replace("{e}", "0") for sources in self.wanted.values())
-        return sum(self._changed(name, *rename) in self.names for name in names)
+        return sum(_renamed(name, *rename) in self.names for name in names)
 
     def _left_out(self, unused: set[str]) -> str:
         tied = {self.stored(head.names[0]) for head in self.head if self.model.config.tied_head}
@@ -265,6 +270,11 @@ class _Matching:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         ahead = self.raw.get("num_nextn_predict_layers") or 0
         return bool(ahead and layer and int(layer[1]) >= self.model.config.num_layers)
+
+
+def _renamed(name: str, expected: str, found: str) -> str:
+    """`name` with another beginning, by an entry of RENAMES."""
+    return found + name.removeprefix(expected) if name.startswith(expected) else name
 
 
 def _check_format(folder: Path, raw: Mapping[str, Any]) -> None:
@@ -305,7 +315,7 @@ def check_tied_head(source: Checkpoint) -> None:
     names = source.tensors.names
     for head in source.family.sources("head.weight"):
         for expected, found in RENAMES:
-            name = _Matching._changed(head.names[0], expected, found)
+            name = _renamed(head.names[0], expected, found)
             if name not in names or name == embed:
                 continue
             if not torch.equal(source.tensors.tensor(name), source.tensors.tensor(embed)):

@@ -109,6 +109,12 @@ class ExpertsConfig:
                 f"{self.num_experts} experts in {self.num_groups} groups, of which "
                 f"{self.num_active_groups} are active, do not fit together"
             )
+        reach = self.num_experts // self.num_groups * self.num_active_groups
+        if self.num_active > reach:
+            raise ValueError(
+                f"{self.num_active} experts are active for a token; the groups that may be chosen "
+                f"have {reach}"
+            )
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,8 @@ class ModelConfig:
         ).split():
             _check_size(name, getattr(self, name))
         for name in (
-            "gated_mlp tied_head qkv_bias out_bias mlp_bias head_bias norm_bias parallel_residual"
+            "gated_mlp tied_head qkv_bias out_bias mlp_bias head_bias norm_bias norm_offset "
+            "parallel_residual shared_norm embedding_norm learned_positions attention_sinks"
         ).split():
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; true or false is needed")
@@ -212,6 +219,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not (value is None or (isinstance(value, int | float) and 0 < value < math.inf)):
                 raise ValueError(f"{name} is {value!r}; a positive number or null is needed")
+        if self.shared_norm and not self.parallel_residual:
+            raise ValueError("attention and MLP share a norm only where they read the same stream")
         self._check_heads()
         self._check_layers()
 

@@ -233,7 +233,8 @@ class Engine:
 
     def _reread(self) -> list[Event]:
         """Reads rows anew that have just grown beyond the length at which their rotation changes;
-        the newest token is read by the next step, as always.
+        the newest token is read by the next step, as always. All of it in one step, for which the
+        other rows wait: the row would be of no use half read.
         """
         limit = self.model.config.reread_length
         if limit is None:
@@ -255,7 +256,7 @@ class Engine:
     def _decode(self) -> None:
         compile_s, start = self.runner.compile_s, perf_counter()
         requests = [r if r is not None and r.decoding else None for r in self._rows]
-        used = max(len(r.prompt_ids) + r.num_dispatched for r in requests if r)
+        used = max(request.num_tokens for request in requests if request)
         tokens, logits = self.runner.decode(used)
         self._send(tokens, logits, requests, is_decode=True)
         compiling = self.runner.compile_s - compile_s

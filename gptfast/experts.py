@@ -21,18 +21,23 @@ class Experts(nn.Module):
         assert config.experts is not None
         facts = config.experts
         self.router = Router(config.dim, facts)
-        rows = (2 * facts.hidden_dim, config.dim)
-        self.expert_gate_up = GroupedLinear(facts.num_experts, config.dim, rows[0], facts.bias)
-        self.expert_down = GroupedLinear(facts.num_experts, facts.hidden_dim, rows[1], facts.bias)
+        dim, hidden = config.dim, facts.hidden_dim
+        self.expert_gate_up = GroupedLinear(facts.num_experts, dim, 2 * hidden, facts.bias)
+        self.expert_down = GroupedLinear(facts.num_experts, hidden, dim, facts.bias)
         self.activation, self.limit = config.activation, config.swiglu_limit
         shared = facts.shared_hidden_dim
         self.shared = GatedMLP(config, shared) if shared else None
         self.shared_gate = nn.Linear(config.dim, 1, bias=False) if facts.shared_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim] -> [..., dim]."""
+    def forward(self, x: Tensor, is_padding: Tensor | None = None) -> Tensor:
+        """x [B, T, dim], is_padding [B, T] -> [B, T, dim]. Padding goes to no expert, so that idle
+        rows read no weights.
+        """
         flat = x.flatten(0, -2)  # [N, dim]
         weights, chosen = self.router(flat)  # [N, A]
+        nowhere = None if is_padding is None else is_padding.reshape(-1, 1)
+        if nowhere is not None:
+            chosen = chosen.masked_fill(nowhere, self.expert_gate_up.num_groups)
         groups, order = chosen.flatten().sort(stable=True)  # pairs, by expert [P]
         experts = torch.arange(self.expert_gate_up.num_groups, device=x.device)
         ends = torch.searchsorted(groups, experts, right=True)
@@ -40,9 +45,10 @@ class Experts(nn.Module):
         gate, up = hidden.chunk(2, dim=-1)
         hidden = gated(gate, up, self.activation, self.limit)
         # Back to the order of tokens: each sums its own pairs, alone as in a batch.
-        pairs = self.expert_down(hidden, ends)[order.argsort()].view(
-            *chosen.shape, -1
-        )  # [N, A, dim]
+        y = self.expert_down(hidden, ends)  # [P, dim]
+        pairs = torch.empty_like(y).index_copy(0, order, y).unflatten(0, chosen.shape)
+        if nowhere is not None:
+            pairs = pairs.masked_fill(nowhere.unsqueeze(-1), 0)
         y = (pairs * weights.unsqueeze(-1).to(x.dtype)).sum(1)
         if self.shared is not None:
             shared = self.shared(flat)

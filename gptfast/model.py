@@ -116,7 +116,8 @@ class Transformer(nn.Module):
         """Hidden [B, T, dim] -> float32 logits [B, N, V] at `select` [B, N] (None: all T)."""
         if select is not None:
             x = x.gather(1, select.unsqueeze(-1).expand(-1, -1, x.size(-1)))  # [B, N, dim]
-        logits = self.head(self.norm(x)).float() / self.config.logits_divisor
+        logits, divisor = self.head(self.norm(x)).float(), self.config.logits_divisor
+        logits = logits if divisor == 1 else logits / divisor
         cap = self.config.logits_softcap
         return logits if cap is None else cap * (logits / cap).tanh()
 
@@ -131,13 +132,13 @@ class Block(nn.Module):
         self.attention = build_attention(config, layer)
         self.attention_post_norm = build_norm(config) if behind else nn.Identity()
         self.mlp_norm = build_norm(config) if before and not config.shared_norm else nn.Identity()
-        sparse = config.has_experts(layer)
-        self.mlp = Experts(config) if sparse else build_mlp(config, config.hidden_dim)
+        self.is_sparse = config.has_experts(layer)
+        self.mlp = Experts(config) if self.is_sparse else build_mlp(config, config.hidden_dim)
         self.mlp_post_norm = build_norm(config) if behind else nn.Identity()
         self.parallel, self.shared_norm = config.parallel_residual, config.shared_norm
         self.multiplier = config.residual_multiplier
         # Blocks of one kind differ in nothing but their numbers: they share a compiled graph.
-        self.kind = (config.window(layer), config.layer_rope(layer) is None, sparse)
+        self.kind = (self.attention.window, config.layer_rope(layer) is None, self.is_sparse)
 
     def forward(
         self,
@@ -153,11 +154,15 @@ class Block(nn.Module):
         y = self.attention_post_norm(self.attention(normed, positions, cos_sin, cache))
         attended = x + y * self.multiplier
         if not self.parallel:
-            return (
-                attended + self.mlp_post_norm(self.mlp(self.mlp_norm(attended))) * self.multiplier
-            )
-        normed = normed if self.shared_norm else self.mlp_norm(x)
-        return attended + self.mlp_post_norm(self.mlp(normed)) * self.multiplier
+            normed = self.mlp_norm(attended)
+        elif not self.shared_norm:
+            normed = self.mlp_norm(x)
+        if self.is_sparse:
+            is_padding = None if cache is None else positions >= cache.max_seq_len
+            y = self.mlp(normed, is_padding)
+        else:
+            y = self.mlp(normed)
+        return attended + self.mlp_post_norm(y) * self.multiplier
 
 
 def fused_rows(config: ModelConfig, name: str) -> tuple[int, ...] | None:

@@ -70,7 +70,7 @@ class Source:
         if self.mxfp4:
             blocks, scales = map(tensor, self.names)
             for entry, *packed in zip(target, blocks, scales, strict=True):
-                weight = dequantize_mxfp4(*packed)
+                weight = dequantize_mxfp4(*(part.to(target.device) for part in packed))
                 entry.copy_(weight if order is None else weight[order])
             return
         entries = target if self.is_split else (target,)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from quantize.formats import keep_packed, packed_weight
 
-# Up to this many rows, weights are gathered row by row where there is no grouped product.
-MAX_GATHERED_ROWS = 64
+# Where there is no grouped product, weights are gathered for up to so many rows, so many bytes of
+# them at a time.
+MAX_GATHERED_ROWS, MAX_GATHERED_BYTES = 64, 1 << 30
 
 
 class GroupedLinear(nn.Module):
@@ -67,7 +68,8 @@ torch.library.define(
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     """x [P, K], weight [E, N, K], bias [E, N] or None, ends [E] -> [P, N].
 
-    Rows are sorted by group: those of group e end before row `ends[e]`, where the next begin.
+    Rows are sorted by group: those of group e end before row `ends[e]`, where the next begin. Rows
+    behind the last group belong to none: what comes out for them means nothing.
     """
     return torch.ops.quantize.grouped_linear.default(x, weight, bias, ends)
 
@@ -80,8 +82,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
 def grouped_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor
 ) -> Tensor:
-    """The meaning of `grouped_linear`, a weight gathered for every row."""
+    """The meaning of `grouped_linear`, a weight gathered for every row. Rows behind the last group
+    have some result.
+    """
     groups = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    groups = groups.clamp(max=weight.size(0) - 1)
     y = torch.bmm(weight[groups], x.unsqueeze(-1)).squeeze(-1)
     return y if bias is None else y + bias[groups]
 
@@ -106,15 +111,14 @@ def grouped_linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, ends:
         if bias is None:
             return y
         groups = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
-        return y + bias[groups]
+        return y + bias[groups.clamp(max=weight.size(0) - 1)]
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     if x.size(0) > MAX_GATHERED_ROWS and not capturing:
         return grouped_linear_on_host(x, weight, bias, ends)
+    size = max(1, MAX_GATHERED_BYTES // weight[0].nbytes)
     parts = [
-        grouped_linear_reference(part, weight, bias, (ends - start).clamp(0, len(part)))
-        for start, part in zip(
-            range(0, x.size(0), MAX_GATHERED_ROWS), x.split(MAX_GATHERED_ROWS), strict=True
-        )
+        grouped_linear_reference(part, weight, bias, (ends - number * size).clamp(0, len(part)))
+        for number, part in enumerate(x.split(size))
     ]
     return torch.cat(parts)
 

@@ -183,6 +183,7 @@ def test_sizes_are_positive_whole_numbers(name: str, value: Any) -> None:
     [
         ({"num_heads": 3}, "3 attention heads cannot share 2 key/value heads"),
         ({"head_dim": 3}, "even head size, found 3"),
+        ({"shared_norm": True}, "share a norm only where"),
         ({"norm_eps": -1e-5}, "norm_eps is -1e-05"),
         ({"norm_eps": math.nan}, "norm_eps is nan"),
         ({"norm_eps": math.inf}, "norm_eps is inf"),
@@ -226,6 +227,7 @@ def test_facts_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
         ({"num_active": 5}, "5 of 4 experts cannot be active"),
         ({"num_groups": 3}, "4 experts in 3 groups"),
         ({"num_groups": 2, "num_active_groups": 3}, "of which 3 are active"),
+        ({"num_groups": 4, "num_active": 2}, "2 experts are active for a token; .* have 1"),
         ({"num_experts": 0}, "num_experts is 0"),
         ({"hidden_dim": "6"}, "hidden_dim is '6'"),
         ({"num_active": True}, "num_active is True"),

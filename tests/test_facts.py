@@ -29,7 +29,7 @@ def windows_of(theirs: Any) -> tuple[int | None, ...]:
     width, types = getattr(theirs, "sliding_window", None), getattr(theirs, "layer_types", None)
     types = types or ["sliding_attention"] * theirs.num_hidden_layers
     local = [kind == "sliding_attention" for kind in types]
-    if width is None or width >= theirs.max_position_embeddings or not any(local):
+    if width is None or not any(local):
         return ()
     return tuple(width if is_local else None for is_local in local)
 

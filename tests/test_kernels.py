@@ -225,6 +225,8 @@ def test_long_prompts_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr("gptfast.kernels.attention.MAX_SCORES", most)
         y = attention(q, keys, values, positions, **scoring)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        y, plain = (op(q, keys, values, positions) for op in (attention, attention_reference))
+        torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
 
 
 # -- grouped linear --
@@ -284,6 +286,7 @@ def test_many_rows_are_gathered_in_parts_while_a_graph_is_captured(
     monkeypatch.setattr("quantize.grouped.MAX_GATHERED_ROWS", 200)
     torch.testing.assert_close(grouped_linear_on_cuda(x, weight, biases, ends), expected)
     monkeypatch.setattr("quantize.grouped.MAX_GATHERED_ROWS", 32)
+    monkeypatch.setattr("quantize.grouped.MAX_GATHERED_BYTES", 10 * weight[0].nbytes + 5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(Tensor, "is_cuda", True)

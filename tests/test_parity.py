@@ -553,3 +553,14 @@ def test_experts_by_a_plain_loop() -> None:
     together = experts(x.view(1, 7, -1))
     assert together.shape == (1, 7, config.dim)
     torch.testing.assert_close(together[0], torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_as_long_as_the_context_still_has_its_own_rope(tmp_path: Path) -> None:
+    """It hides nothing, but Gemma 3 turns its local layers at another base all the same."""
+    name = next(name for name in CASES if name.startswith("gemma3_text-"))
+    raw = raw_config(name) | {"sliding_window": 4096}
+    write_checkpoint(tmp_path, name, raw)
+    pair = Pair(tmp_path, load(tmp_path, torch.float32), load_theirs(tmp_path))
+    ids = random_ids(LENGTH)
+    assert_equal_logits(uncached(pair.ours, ids), pair.expected(ids))
+    assert {block.attention.window for block in pair.ours.blocks} == {None}

@@ -12,6 +12,7 @@ from gptfast.families.readers import (
     cap,
     constant,
     context,
+    everywhere,
     flag,
     head_dim,
     kv_heads,
@@ -142,13 +143,13 @@ LLAMA_LINE: dict[str, Family] = {
     "mistral": Family(
         examples="Mistral 7B v0.1 to v0.3, Nemo, Small, Codestral, Zephyr",
         special="sliding window, head size apart from the width",
-        facts=FACTS | {"num_kv_heads": kv_heads(8), "windows": windows(default=4096)},
+        facts=FACTS | {"num_kv_heads": kv_heads(8), "windows": windows(everywhere, default=4096)},
         names=NAMES,
     ),
     "ministral": Family(
         examples="Ministral 8B",
         special="sliding window on some layers",
-        facts=FACTS | {"num_kv_heads": kv_heads(8), "windows": windows(default=4096)},
+        facts=FACTS | {"num_kv_heads": kv_heads(8), "windows": windows(everywhere, default=4096)},
         names=NAMES,
     ),
     "qwen2": Family(

@@ -15,7 +15,7 @@ Fact = Callable[[Raw], Any]
 
 # Beyond these a file describes no model: layers are gone through one by one before any weight is
 # looked at, and sizes are reckoned with as floats.
-MOST, MOST_LAYERS = 2**40, 100_000
+MOST, MOST_LAYERS = 2**40, 10_000
 
 
 def size(*keys: str, default: int | None = None) -> Fact:
@@ -51,13 +51,13 @@ def constant(value: Any) -> Fact:
 
 
 def flag(key: str, default: bool) -> Fact:
-    """True or false; where `key` is absent or null, the default."""
+    """True or false; where `key` is absent the default, and null is false, as in transformers."""
 
     def read(raw: Raw) -> bool:
-        value = raw.get(key)
+        value = raw.get(key, default)
         if not (value is None or isinstance(value, bool)):
             raise ValueError(f"config.json: {key} = {value!r}; true or false is needed")
-        return default if value is None else value
+        return bool(value)
 
     return read
 
@@ -169,39 +169,48 @@ def activation(key: str, default: str) -> Fact:
 
 
 def windows(
-    is_local: Callable[[Raw, int], bool] = lambda raw, layer: True,
+    is_local: Callable[[Raw, int], bool] | None = None,
     default: int | None = None,
     enabled: Fact = lambda raw: True,
 ) -> Fact:
     """Each layer's attention window: `sliding_window` where `layer_types`, or else `is_local`, says
-    so.
+    so; without `is_local` everywhere, whatever `layer_types` says.
     """
 
     def read(raw: Raw) -> tuple[int | None, ...]:
-        width = raw.get("sliding_window", default)
-        if width is None or not enabled(raw):
+        if raw.get("sliding_window", default) is None or not enabled(raw):
             return ()
-        width = size("sliding_window", default=default)(raw)
-        num_layers, types = size("num_hidden_layers")(raw), raw.get("layer_types")
-        if types is None:
-            local = [is_local(raw, layer) for layer in range(num_layers)]
+        width, layers = size("sliding_window", default=default)(raw), range(_num_layers(raw))
+        if is_local is None:
+            local = [True] * len(layers)
+        elif raw.get("layer_types") is None:
+            local = [is_local(raw, layer) for layer in layers]
         else:
-            types = types if isinstance(types, list) else [types]
-            known = ("sliding_attention", "full_attention")
-            unknown = sorted({repr(kind) for kind in types if kind not in known})
-            if unknown or len(types) < num_layers:
-                raise ValueError(
-                    f"config.json: layer_types has {len(types)} entries"
-                    + "".join(f", {kind} among them" for kind in unknown)
-                    + f"; 'sliding_attention' or 'full_attention' for each of {num_layers} layers "
-                    "is needed"
-                )
-            local = [kind == "sliding_attention" for kind in types[:num_layers]]
-        if width >= context(raw):  # nothing is ever outside
-            return ()
-        return tuple(width if is_local else None for is_local in local) if any(local) else ()
+            local = [kind == "sliding_attention" for kind in _layer_types(raw)]
+        return tuple(width if here else None for here in local) if any(local) else ()
 
     return read
+
+
+def everywhere(raw: Raw, layer: int) -> bool:
+    return True
+
+
+def _num_layers(raw: Raw) -> int:
+    return size("num_hidden_layers")(raw)
+
+
+def _layer_types(raw: Raw) -> list[str]:
+    num_layers, known = _num_layers(raw), ("sliding_attention", "full_attention")
+    types = raw["layer_types"] if isinstance(raw["layer_types"], list) else [raw["layer_types"]]
+    unknown = sorted({repr(kind) for kind in types if kind not in known})
+    if unknown or len(types) < num_layers:
+        raise ValueError(
+            f"config.json: layer_types has {len(types)} entries"
+            + "".join(f", {kind} among them" for kind in unknown)
+            + f"; 'sliding_attention' or 'full_attention' for each of {num_layers} layers is needed"
+        )
+    return types[:num_layers]
 
 
 # -- rotary positions --

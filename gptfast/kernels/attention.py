@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores of a piece of prompt that are held at a time, where the fused kernel cannot be used.
+# Scores, or numbers of a mask, that are held at a time; longer prompts are read in parts.
 MAX_SCORES = 1 << 24
 
 # Not `custom_op`: that costs 14 us a call beside 2.5, and the first one imports the compiler (1 s).
@@ -164,14 +164,18 @@ def _attend(
         seen = None
     else:
         seen = _seen(positions, slots, num_slots, how.window)  # [B, T, used]
-    if how.is_plain and keys.size(-1) == values.size(-1):
-        return _attend_fused(q, keys, values, seen, how.scale)
-    # Softmax of scores written out; a long piece of prompt a part at a time.
-    size = max(1, MAX_SCORES // (q.size(0) * q.size(2) * len(slots)))
-    parts = [
-        _attend_explicitly(q[:, part], keys, values, positions[:, part], slots, seen, how, part)
-        for part in (slice(i, i + size) for i in range(0, q.size(1), size))
-    ]
+    is_fused = how.is_plain and keys.size(-1) == values.size(-1)
+    # Of each token either a mask for the query heads of a group or scores for all heads are held.
+    held = q.size(0) * (q.size(2) // keys.size(1) if is_fused else q.size(2)) * len(slots)
+    size = max(1, MAX_SCORES // held)
+    parts = []
+    for part in (slice(i, i + size) for i in range(0, q.size(1), size)):
+        seen_here = None if seen is None else seen[:, part]
+        if is_fused:
+            parts.append(_attend_fused(q[:, part], keys, values, seen_here, how.scale))
+        else:
+            inputs = (q[:, part], keys, values, positions[:, part], slots, seen_here)
+            parts.append(_attend_explicitly(*inputs, how))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
@@ -197,9 +201,8 @@ def _attend_explicitly(
     slots: Tensor,
     seen: Tensor | None,
     how: _Scoring,
-    part: slice,
 ) -> Tensor:
-    """The definition, with scores of `part` of the tokens in memory."""
+    """The definition, with all scores in memory."""
     grouped = _group(q, keys.size(1))  # [B, H_kv, G, T, D]
     shape = (*grouped.shape[:4], len(slots))  # of scores, by key/value head and query head
     scores = (grouped.flatten(2, 3) @ keys.transpose(-1, -2)).float().view(shape)
@@ -211,7 +214,7 @@ def _attend_explicitly(
         slopes = how.slopes.float().view(1, *shape[1:3], 1, 1)
         scores = scores - slopes * distance[:, None, None]
     if seen is not None:
-        scores = scores.masked_fill(~seen[:, part][:, None, None], -torch.inf)
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     if how.sinks is not None:
         sinks = how.sinks.float().view(1, *shape[1:3], 1, 1).expand(*shape[:-1], 1)
         weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
