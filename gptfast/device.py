@@ -80,13 +80,24 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def _meminfo_available() -> int | None:
+    available = _bytes_named("/proc/meminfo", "MemAvailable")
+    return None if available is None else max(0, available - _mapped())
+
+
+def _mapped() -> int:
+    """Bytes of files that this process has mapped and uses: the system would give them up for
+    others, but weights are among them.
+    """
+    return _bytes_named("/proc/self/status", "RssFile") or 0
+
+
+def _bytes_named(path: str, name: str) -> int | None:
+    """Of the line "name: N kB" of a file of the system."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
         return None
-    return next(
-        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None
-    )
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 def _cgroup_free() -> int | None:
@@ -101,7 +112,7 @@ def _cgroup_free() -> int | None:
     if limit == "max":
         return None
     # Pages of files are counted but given up under pressure.
-    return max(0, int(limit) - current + int(stat.get("inactive_file", 0)))
+    return max(0, int(limit) - current + max(0, int(stat.get("inactive_file", 0)) - _mapped()))
 
 
 def _address_space_free() -> int | None:

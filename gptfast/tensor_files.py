@@ -7,8 +7,9 @@ the file.
 
 import json
 import mmap
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+MADV_POPULATE_READ = 22  # Python does not name it
 # As safetensors spells them.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -87,8 +89,8 @@ class TensorFiles:
             return read(name)
 
     def mapped(self, name: str) -> Tensor:
-        """The tensor where it lies in its file: pages are read when they are used, and what is
-        written to it stays in this process. The file may be replaced meanwhile, not overwritten.
+        """The tensor where it lies in its file, read into memory but not copied; what is written to
+        it stays in this process. The file may be replaced meanwhile, not overwritten.
         """
         start, end = self._places[name]
         dtype = DTYPES[self.dtype(name)]
@@ -98,6 +100,10 @@ class TensorFiles:
         # A map for each tensor: its pages are given up with it.
         with self._file_of[name].open("rb") as file:
             pages = mmap.mmap(file.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)
+        if sys.platform == "linux":
+            # Resident from now on, so that they are not taken for free memory.
+            with suppress(OSError):  # before Linux 5.14: read when they are used
+                pages.madvise(MADV_POPULATE_READ)
         count = (end - start) // dtype.itemsize
         flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=start - page)
         return flat.view(self.shape(name))

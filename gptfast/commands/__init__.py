@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": ("gptfast.commands.chat", "talk with a model over several turns"),
     "bench": ("gptfast.commands.bench", "measure decoding speed, memory and bandwidth"),
     "download": ("gptfast.commands.download", "fetch a Hugging Face model, only what is needed"),
+    "convert": ("gptfast.commands.convert", "write a model anew: faster to load, merged, as HF"),
     "info": ("gptfast.commands.info", "show a model's facts, size and memory needs"),
 }
 EXIT_USER_ERROR = 2

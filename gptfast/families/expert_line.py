@@ -15,6 +15,13 @@ from gptfast.families.llama_line import (
     SLIDING,
     is_even,
 )
+from gptfast.families.positions import (
+    latent,
+    latent_head_dim,
+    latent_scale,
+    rope,
+    windows,
+)
 from gptfast.families.readers import (
     Fact,
     Raw,
@@ -22,15 +29,10 @@ from gptfast.families.readers import (
     count,
     flag,
     kv_heads,
-    latent,
-    latent_head_dim,
-    latent_scale,
     number,
     positive,
-    rope,
     size,
     whole_numbers,
-    windows,
 )
 from gptfast.sources import Names, Source, by_pair
 

@@ -5,23 +5,25 @@ from typing import Any
 
 from gptfast.config import RopeConfig
 from gptfast.families.family import Family, layer_names, model_names, one
+from gptfast.families.positions import (
+    alibi_slopes,
+    context,
+    mpt_slopes,
+    rope,
+    windows,
+)
 from gptfast.families.readers import (
     Fact,
     Raw,
     activation,
-    alibi_slopes,
     constant,
-    context,
     flag,
     head_dim,
     kv_heads,
-    mpt_slopes,
     number,
     optional,
     quotient,
-    rope,
     size,
-    windows,
 )
 from gptfast.sources import Names, by_kv_head, by_quarter
 

@@ -5,23 +5,25 @@ values.
 from typing import Any
 
 from gptfast.families.family import Family, layer_names, model_names, one
+from gptfast.families.positions import (
+    context,
+    everywhere,
+    rope,
+    windows,
+)
 from gptfast.families.readers import (
     Fact,
     Raw,
     activation,
     cap,
     constant,
-    context,
-    everywhere,
     flag,
     head_dim,
     kv_heads,
     number,
     positive,
-    rope,
     size,
     whole_numbers,
-    windows,
 )
 from gptfast.sources import Names
 
