@@ -59,7 +59,8 @@ def suggested_sampling(folder: Path) -> dict[str, float]:
     raw = _read_generation(folder) or {}
     if raw.get("do_sample") is False:
         return {}
-    return {name: raw[name] for name in names if isinstance(raw.get(name), int | float)}
+    numbers = {name: raw.get(name) for name in names}
+    return {n: x for n, x in numbers.items() if isinstance(x, int | float) and x is not True}
 
 
 def _read_generation(folder: Path) -> dict[str, Any] | None:
@@ -183,7 +184,8 @@ def read_parameters(
 
 
 def _check_quantization(folder: Path, raw: Mapping[str, Any]) -> None:
-    method = (language_part(raw).get("quantization_config") or {}).get("quant_method")
+    settings = language_part(raw).get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
     if method not in (None, "mxfp4"):
         raise ValueError(
             f"{folder}: the weights are quantized ({method!r}); this version reads float weights "

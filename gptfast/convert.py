@@ -39,7 +39,7 @@ from gptfast.lora import merge
 from gptfast.model import Transformer, fused_rows, keeps_float32
 from gptfast.shards import Stored, write_tensors
 from gptfast.sources import Source
-from gptfast.tensor_files import Tensors
+from gptfast.tensor_files import Tensors, some
 
 TARGETS = ("gptfast", "hf")
 # Where names alone do not follow from the facts: our parameter -> the tensor it was read from.
@@ -89,7 +89,7 @@ def convert(
     """
     if to not in TARGETS:
         raise ValueError(f"target {to!r} is unknown; use one of: {', '.join(TARGETS)}")
-    chosen = parse_dtype(dtype)
+    chosen, out = parse_dtype(dtype), Path(os.path.abspath(out))
     _check_places(source, out, adapters, overwrite)
     checkpoint, raw = _read(source, allow_pickle, facts)
     check_tied_head(checkpoint)
@@ -97,7 +97,7 @@ def convert(
     if adapters:
         checkpoint, raw = _merged(checkpoint, raw, adapters)
     job = _Job(checkpoint, raw, chosen or checkpoint.dtype, to == "gptfast")
-    companions = _companions(checkpoint.tensors.folder)
+    companions = _companions(source)
     with _new_folder(out, overwrite) as folder:
         _check_space(out.parent, job.num_bytes + sum(path.stat().st_size for path in companions))
         for path in companions:
@@ -189,6 +189,11 @@ class _Job:
         config = self.checkpoint.config
         cpu = torch.device("cpu")
         for name, ours in read_parameters(self.checkpoint, self.model, self.dtype, cpu, progress):
+            if self.dtype == torch.float16 and not ours.isfinite().all():
+                raise ValueError(
+                    f"{self.checkpoint.folder}: {name} has numbers that float16 cannot hold (or "
+                    "that are none); use --dtype bf16 or fp32"
+                )
             if self.own:
                 yield name, ours
             else:
@@ -271,8 +276,17 @@ def _merged(
 # -- files --
 
 
-def _companions(folder: Path) -> list[Path]:
-    """Files of tokenizer, templates and licence."""
+def _companions(source: Path) -> list[Path]:
+    """Files of tokenizer, templates and licence. Beside a single file only a tokenizer is taken for
+    its own, and nothing where other weights stand there too.
+    """
+    folder = source
+    if source.is_file():
+        folder, kinds = source.parent, ("*.bin", "*.pt", "*.pth", "*.safetensors")
+        others = {p for kind in kinds for p in folder.glob(kind)} - {folder / "tokenizer.bin"}
+        own = [folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+        own += [folder / name for name in ("merges.txt", "tokenizer_config.json")]
+        return [path for path in own if path.is_file()] if others == {source} else []
     found = [p for p in folder.iterdir() if any(fnmatchcase(p.name, c) for c in COMPANIONS)]
     found += (folder / COMPANIONS_FOLDER).glob("*.jinja")
     return sorted(path for path in found if path.is_file())
@@ -285,13 +299,29 @@ def _check_places(source: Path, out: Path, adapters: Sequence[Path], replaces: b
         raise ValueError(f"{out} is {source} or inside of it; convert into another folder")
     if not out.exists() and not out.is_symlink():
         return
+    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+        return
     if not replaces:
         raise ValueError(f"{out} exists; give another folder, or --force to replace a checkpoint")
     if out.is_symlink() or not _holds_checkpoint(out):
         raise ValueError(f"{out} exists and is no folder with a checkpoint; it is not replaced")
     for used in (source, *adapters):
-        if used.resolve().is_relative_to(there):
+        parts = used.iterdir() if used.is_dir() else ()  # links may point anywhere
+        if any(part.resolve().is_relative_to(there) for part in (used, *parts)):
             raise ValueError(f"{used} is inside of {out}, which would be replaced")
+    if strangers := sorted(path.name for path in out.iterdir() if not _belongs(path)):
+        raise ValueError(
+            f"{out} holds more than a checkpoint, which would be lost: {some(strangers)}; move it "
+            "away, or convert into another folder"
+        )
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file or folder may stand in the folder of a checkpoint."""
+    if path.is_dir():
+        return path.name in (COMPANIONS_FOLDER, ".cache")
+    kinds = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.md", ".git*", *COMPANIONS)
+    return any(fnmatchcase(path.name, kind) for kind in kinds)
 
 
 def _holds_checkpoint(folder: Path) -> bool:
@@ -311,7 +341,10 @@ def _check_space(folder: Path, num_bytes: int) -> None:
 @contextmanager
 def _new_folder(out: Path, replaces: bool) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when all has gone well, and disappears otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out.parent} cannot be made ({error.strerror})") from None
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     replaced = partial / "replaced"
     try:

@@ -108,6 +108,8 @@ def read_foreign(
     with paths[0].open("rb") as file:
         start = file.read(2)
     if start not in (b"PK", b"\x80\x02"):  # a zip archive, and pickles before torch 1.6
+        if facts is not None:
+            raise ValueError(f"{paths[0]} is no pickle and says all itself; leave out --config")
         return read_llama2c(paths[0])
     if not allow_pickle:
         raise ValueError(
@@ -141,9 +143,11 @@ def _weights(source: Path) -> list[Path]:
         return [source]
     index = source / HF_INDEX
     if index.is_file():
-        shards = sorted(set((read_json(index).get("weight_map") or {}).values()))
-        if not shards or any(not isinstance(s, str) or Path(s).name != s for s in shards):
+        named = read_json(index).get("weight_map")
+        named = list(named.values()) if isinstance(named, dict) else []
+        if not named or any(not isinstance(s, str) or Path(s).name != s for s in named):
             raise ValueError(f"{index}: weight_map does not name plain files of this folder")
+        shards = sorted(set(named))
         if missing := [shard for shard in shards if not (source / shard).is_file()]:
             raise ValueError(
                 f"{source}: {HF_INDEX} names files that are not there: {some(missing)}"
@@ -153,8 +157,9 @@ def _weights(source: Path) -> list[Path]:
     usual = [path for path in candidates if path.name == "pytorch_model.bin"]
     if len(usual or candidates) > 1:
         raise ValueError(
-            f"{source} has several files of weights ({some([p.name for p in candidates])}); give "
-            "one of them in place of the folder"
+            f"{source} has several files of weights ({some([p.name for p in candidates])}); of "
+            "different models, give one of them in place of the folder; parts of one model "
+            "(consolidated.00, .01 ...) are not joined: convert its Hugging Face version"
         )
     return usual or candidates
 
@@ -171,10 +176,15 @@ def _unpickle(path: Path) -> dict[str, Any]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: not only tensors and plain values ({reason})") from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's own words advise to switch the check off.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it asks for {wanted[1]}" if wanted else "or it is damaged"
+        raise ValueError(
+            f"{path}: not only tensors and plain values, {found}; nothing of it was run"
+        ) from None
+    # Damaged files fail in as many ways as the reader has steps, with struct.error among them.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: not a complete file of torch.save ({reason})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: a dict of tensors is needed, found a {type(found).__name__}")
@@ -183,10 +193,19 @@ def _unpickle(path: Path) -> dict[str, Any]:
 
 def _state_dict(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors by name, without what torch.compile put before the names."""
-    wrong = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
+    wrong = [str(name) for name, value in found.items() if not _is_plain(value)]
     if wrong or not found:
         raise ValueError(f"{path}: not a state dict of tensors: {some(wrong) or 'empty'}")
     return {str(name).removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """A tensor that holds its numbers one after the other, not sparse, nested, quantized or empty
+    of storage.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_quantized or value.is_nested)
 
 
 def _facts(path: Path, given: Path | None) -> Raw:
@@ -216,7 +235,10 @@ def read_llama2c(path: Path) -> tuple[Raw, ForeignTensors]:
     dim, hidden, num_layers, heads, kv_heads = numbers[:5]
     plausible = size >= 28 and vocab and all(0 < number < 1 << 24 for number in numbers[:5])
     if not plausible or not 0 < numbers[6] < 1 << 24 or dim % heads or heads % kv_heads:
-        raise ValueError(f"{path}: neither a pickle nor a llama2.c model (legacy layout)")
+        raise ValueError(
+            f"{path}: neither a file of torch.save nor a llama2.c model (legacy layout); of a "
+            "Hugging Face model give the folder"
+        )
     head_dim = dim // heads
     kv_dim = kv_heads * head_dim
     layer: dict[str, tuple[int, ...]] = {
@@ -288,8 +310,10 @@ def read_meta(path: Path, known: Raw, tensors: Mapping[str, Tensor]) -> tuple[Ra
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"{path}: num_attention_heads is {num_heads!r}; a whole number is needed")
     tensors = {n: t for n, t in tensors.items() if not re.fullmatch(META_BUFFERS, n)}
-    if single := [name for name, tensor in tensors.items() if not tensor.dim()]:
-        raise ValueError(f"{path}: vectors and matrices are needed, found numbers: {some(single)}")
+    if single := [
+        name for name, tensor in tensors.items() if not (tensor.dim() and tensor.numel())
+    ]:
+        raise ValueError(f"{path}: vectors and matrices are needed, found others: {some(single)}")
     renamed, paired = {}, {}
     for name, tensor in _split_qkv(path, tensors, num_heads):
         renamed[_published(name)] = tensor
@@ -347,6 +371,17 @@ def _llama_config(path: Path, known: Raw, found: Raw, tensors: Mapping[str, Tens
         raise ValueError(f"{path}: matrices are needed for {some(names)} (in Meta's names)")
     (q_rows, _), (kv_rows, _), (hidden, _), (vocab, dim) = shapes
     head_dim = max(1, q_rows // found["num_attention_heads"])
+    stated = {"dim": dim, "n_layers": len(layers), "n_kv_heads": kv_rows // head_dim}
+    stated |= {"vocab_size": vocab, "head_dim": head_dim}
+    whole = {"head_dim": dim // found["num_attention_heads"], **known}
+    for key, size in stated.items():
+        # Meta writes -1 for a vocabulary that is the tokenizer's.
+        if whole.get(key) not in (None, -1, size):
+            raise ValueError(
+                f"{path}: the tensors have {key} {size}, and {whole[key]} was to be expected; "
+                "part of a model-parallel checkpoint? Parts are not joined: convert its Hugging "
+                "Face version"
+            )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

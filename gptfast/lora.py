@@ -116,6 +116,8 @@ class Adapter:
         unknown = [name for name in sorted(self.tensors.names) if not self._sort_in(name)]
         if unknown:
             raise ValueError(f"{folder}: tensors that are no part of a LoRA: {some(unknown)}")
+        if not (self.changes or self.replaced):
+            raise ValueError(f"{weights}: there are no tensors; save the adapter again")
         for change in self.changes.values():
             self._check(change)
 
@@ -141,11 +143,19 @@ class Adapter:
         where = f"{self.folder}: {change.module}"
         if missing := {"A", "B"} - change.parts.keys():
             raise ValueError(f"{where} has no lora_{'/'.join(sorted(missing))}")
-        rank, found = self._rank(change.module), self.tensors.shape(change.parts["A"])
-        if found[0] != rank or self.tensors.shape(change.parts["B"])[-1] != rank:
-            raise ValueError(f"{where} has rank {found[0]}; adapter_config.json says {rank}")
+        shapes = {part: self.tensors.shape(name) for part, name in change.parts.items()}
+        if any(len(shapes[part]) != 2 for part in "AB"):
+            raise ValueError(f"{where}: A and B are {shapes}; matrices are needed")
         if change.is_table and "magnitude_vector" in change.parts:
             raise ValueError(f"{where}: use_dora of an embedding is not supported")
+        magnitude = shapes.get("magnitude_vector", ())
+        if self.config.get("use_dora") and not magnitude:
+            raise ValueError(f"{where}: use_dora is set, and there is no lora_magnitude_vector")
+        if magnitude and math.prod(magnitude) != shapes["B"][0]:
+            raise ValueError(f"{where}: {shapes} do not fit together; save the adapter again")
+        rank, found = self._rank(change.module), shapes["A"]
+        if found[0] != rank or self.tensors.shape(change.parts["B"])[-1] != rank:
+            raise ValueError(f"{where} has rank {found[0]}; adapter_config.json says {rank}")
 
     def _rank(self, module: str) -> float:
         return self._of_module("rank_pattern", "r", module)
@@ -171,6 +181,16 @@ class Adapter:
             raise ValueError(f"{path}: {key} = {found!r}; positive numbers are needed")
         return value
 
+    def check_shape(self, change: Change, shape: tuple[int, ...], transposed: bool) -> None:
+        """ValueError where B A does not fit a weight of `shape`, before anything is computed."""
+        rows, columns = (self.tensors.shape(change.parts[part]) for part in "BA")
+        needed = shape[::-1] if transposed or change.is_table else shape
+        if (rows[0], columns[1]) != needed:
+            raise ValueError(
+                f"{self.folder}: {change.module}: B A has shape {[rows[0], columns[1]]}; the "
+                f"weight is {list(needed)}"
+            )
+
     def applied(self, weight: Tensor, change: Change, transposed: bool) -> Tensor:
         """weight [out, in] ([in, out] where `transposed`, [vocabulary, dim] of a table) in float32
         -> the same with the change merged.
@@ -178,11 +198,6 @@ class Adapter:
         a, b = (self.tensors.tensor(change.parts[part]).float() for part in "AB")
         delta = self.scale(change.module) * (b @ a)
         turned = transposed or change.is_table
-        if delta.shape != (weight.t() if turned else weight).shape:
-            raise ValueError(
-                f"{self.folder}: {change.module}: B A has shape {list(delta.shape)}; the weight is "
-                f"{list((weight.t() if turned else weight).shape)}"
-            )
         weight = (weight.t() if turned else weight) + delta
         if "magnitude_vector" in change.parts:  # DoRA, 2402.09353
             magnitude = self.tensors.tensor(change.parts["magnitude_vector"]).float()
@@ -216,7 +231,10 @@ class MergedTensors:
             if _core(name) not in by_core:
                 homeless += [step] if isinstance(step, str) else sorted(step.parts.values())
                 continue
-            self.steps.setdefault(by_core[_core(name)], []).append((adapter, step))
+            theirs = by_core[_core(name)]
+            self.steps.setdefault(theirs, []).append((adapter, step))
+            if isinstance(step, Change):
+                adapter.check_shape(step, self.shape(theirs), theirs in self.transposed)
         if homeless:
             raise ValueError(
                 f"{adapter.folder}: tensors that the model has no place for: {some(homeless)}"

@@ -163,7 +163,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: {index.name} names shards that are not there: {some(missing)}")
     if not paths:
         others = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt")]
-        hint = f" (found {some(others)}: pickles are not read)" if others else ""
+        hint = f" (found {some(others)}: pickles are not read here, see gptfast convert)"
+        hint = hint if others else ""
         raise ValueError(f"{folder}: there are no .safetensors weights{hint}")
     return paths
 

@@ -319,7 +319,13 @@ def test_no_weights(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     refused(folder, "no .safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    refused(folder, "no .safetensors", "pytorch_model.bin", "pickles are not read")
+    refused(
+        folder,
+        "no .safetensors",
+        "pytorch_model.bin",
+        "pickles are not read here",
+        "gptfast convert",
+    )
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"])
@@ -549,6 +555,12 @@ def test_mxfp4_experts_are_read(tmp_path: Path) -> None:
 def test_quantized_weights_are_refused_by_name(tmp_path: Path, method: str) -> None:
     folder = tiny_llama(tmp_path / "model", quantization_config={"quant_method": method})
     refused(folder, repr(method), "unquantized")
+
+
+@pytest.mark.parametrize("settings", ["gptq", ["fp8"], 4])
+def test_quantization_that_is_no_object_is_refused(tmp_path: Path, settings: Any) -> None:
+    folder = tiny_llama(tmp_path / "model", quantization_config=settings)
+    refused(folder, repr(settings), "unquantized")
 
 
 def test_a_router_bias_stays_exact_in_half_precision(tmp_path: Path) -> None:

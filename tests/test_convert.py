@@ -346,6 +346,7 @@ def test_places_that_are_refused(tmp_path: Path) -> None:
     refused("inside", source=source, out=source / "own")
     refused("inside", source=source, out=tmp_path / "source" / ".." / "source" / "own")
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
     refused("exists", "--force", source=source, out=tmp_path / "there")
     words = tmp_path / "words"
     words.mkdir()
@@ -373,6 +374,42 @@ def test_only_a_complete_checkpoint_replaces_another(tmp_path: Path) -> None:
     assert_same_model(out, second)
     assert listing(out).keys() == {"config.json", "model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "out"}
+
+
+def test_what_is_no_checkpoint_is_never_lost(tmp_path: Path) -> None:
+    source, out = tiny_llama(tmp_path / "source"), tiny_gpt2(tmp_path / "out")
+    (out / "notes.txt").write_text("years of work")
+    tiny_gpt2(out / "another")
+    words = ("would be lost", "another, notes.txt")
+    refused(*words, source=source, out=out, overwrite=True)
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in (out / "another").iterdir():
+        (links / path.name).symlink_to(path)
+    refused("would be replaced", source=links, out=out / "another", overwrite=True)
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    source, out = tiny_llama(tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    convert(source, out)
+    assert_same_model(out, source)
+
+
+def test_numbers_beyond_float16_are_named(tmp_path: Path) -> None:
+    tensors = llama_tensors(LLAMA)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
+    source = write_folder(tmp_path / "source", LLAMA, tensors)
+    words = ("blocks.1.mlp.gate_up.weight", "float16", "bf16")
+    refused(*words, source=source, out=tmp_path / "own", dtype="fp16")
+    convert(source, tmp_path / "own", dtype="bf16")
+
+
+def test_places_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    source = tiny_llama(tmp_path / "source")
+    with pytest.raises(ValueError, match="cannot be made"):
+        convert(source, tmp_path / "file" / "out")
 
 
 def interrupted(error: type[BaseException]) -> Any:

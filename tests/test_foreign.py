@@ -132,7 +132,7 @@ def test_stories_through_llama2c_are_the_published_ones(tmp_path: Path, shared_d
     [
         (lambda data: data[:-4], ("bytes found", "llama2.c")),
         (lambda data: data + b"\0\0\0\0", ("bytes found",)),
-        (lambda data: data[:20], ("neither a pickle nor",)),
+        (lambda data: data[:20], ("nor a llama2.c model",)),
         (lambda data: b"", ("neither",)),
         (lambda data: struct.pack("2I", 0x616B3432, 2) + data[8:], ("version 2", "--version 0")),
         (lambda data: struct.pack("7i", 32, 48, 2, 4, 3, 96, 64) + data[28:], ("neither",)),
@@ -366,6 +366,76 @@ def test_pickles_of_other_things(tmp_path: Path) -> None:
     refused("int8", **place)
     torch.save(int8, folder / "other.pth")
     refused("several files", "model.pth, other.pth", **place | {"source": folder})
+
+
+def test_what_is_said_of_a_hostile_pickle_is_no_advice(tmp_path: Path) -> None:
+    """torch's own words are to switch the check off."""
+    path = tmp_path / "model.pth"
+    torch.save({"a": Mischief()}, path)
+    with pytest.raises(ValueError, match="it asks for getattr; nothing of it was run") as found:
+        convert(path, tmp_path / "own", allow_pickle=True)
+    assert "weights_only" not in str(found.value) and "\n" not in str(found.value)
+
+
+def test_damaged_pickles_and_odd_tensors_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    place = {"source": path, "out": tmp_path / "own", "allow_pickle": True}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    for data in (b"", b".", b"}q", b"(lp0", b"c\n\n", b"X\xff\xff", b"h\x07.", b"\x81."):
+        path.write_bytes(b"\x80\x02" + data)
+        refused(str(path), **place)
+    name, wrong = "model.norm.weight", torch.eye(32)
+    for odd in (wrong.to_sparse(), wrong.to("meta"), torch.nested.nested_tensor([wrong])):
+        torch.save(llama_tensors(LLAMA) | {name: odd}, path)
+        refused(str(path), **place)
+    torch.save({"layers.0.attention.wo.weight": torch.ones(32, 0)}, path)
+    torch.save(meta_tensors(llama_tensors(LLAMA), LLAMA) | {"norm.weight": torch.ones(0)}, path)
+    refused("vectors and matrices", "norm.weight", **place)
+
+
+def test_an_index_of_nonsense_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save(llama_tensors(LLAMA), folder / "pytorch_model.bin")
+    for named in (None, [], "x", {"a": 3}, {"a": ["b"]}, {"a": "../b.bin"}, {}):
+        index = json.dumps({"weight_map": named})
+        (folder / "pytorch_model.bin.index.json").write_text(index)
+        refused("plain files", source=folder, out=tmp_path / "own", allow_pickle=True)
+
+
+def test_a_part_of_a_model_parallel_checkpoint_is_no_model(tmp_path: Path) -> None:
+    """Half of the heads and of the hidden units, as consolidated.00.pth of two has them."""
+    meta = meta_tensors(llama_tensors(LLAMA), LLAMA)
+    for name, tensor in meta.items():
+        if any(part in name for part in (".wq.", ".wk.", ".wv.", ".w1.", ".w3.")):
+            meta[name] = tensor.chunk(2)[0].clone()
+        elif any(part in name for part in (".wo.", ".w2.")):
+            meta[name] = tensor.chunk(2, dim=1)[0].clone()
+    path, facts = tmp_path / "consolidated.00.pth", tmp_path / "facts.json"
+    torch.save(meta, path)
+    facts.write_text(json.dumps(PARAMS))
+    place = {"source": path, "out": tmp_path / "own", "allow_pickle": True, "facts": facts}
+    refused("head_dim 4, and 8", "not joined", **place)
+    torch.save(meta_tensors(llama_tensors(LLAMA), LLAMA), path)
+    for key, value in (("dim", 999), ("n_layers", 5), ("vocab_size", 7), ("n_kv_heads", 4)):
+        facts.write_text(json.dumps(PARAMS | {key: value}))
+        refused(key, str(value), **place)
+
+
+def test_a_neighbour_of_a_file_is_not_its_own(tmp_path: Path) -> None:
+    """A tokenizer is taken along only where no other weights could be its model."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    path = write_llama2c(folder / "model.bin", llama_tensors(LLAMA), LLAMA)
+    (folder / "word2vec.model").write_text("vectors")
+    (folder / "tokenizer_config.json").write_text("{}")
+    convert(path, tmp_path / "alone")
+    assert not (tmp_path / "alone" / "word2vec.model").exists()
+    assert (tmp_path / "alone" / "tokenizer_config.json").is_file()
+    (folder / "other.bin").write_text("")
+    convert(path, tmp_path / "together")
+    assert not (tmp_path / "together" / "tokenizer_config.json").exists()
+    refused("leave out --config", source=path, out=tmp_path / "own", facts=tmp_path / "x.json")
 
 
 def test_the_command_reads_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

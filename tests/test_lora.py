@@ -341,6 +341,12 @@ def test_adapters_that_are_more_than_a_sum(tmp_path: Path, key: str, value: Any)
             },
             ("embed_tokens", "use_dora"),
         ),
+        ({}, ("there are no tensors",)),
+        ({f"{Q}.lora_A.weight": torch.ones(4), f"{Q}.lora_B.weight": torch.ones(4)}, ("matrices",)),
+        (
+            low_rank({Q: (32, 32)}) | {f"{Q}.lora_magnitude_vector": torch.ones(7)},
+            (Q, "do not fit together"),
+        ),
     ],
 )
 def test_tensors_without_a_place(
@@ -349,6 +355,13 @@ def test_tensors_without_a_place(
     folder = write_adapter(tmp_path / "adapter", tensors)
     source = tiny_llama(tmp_path / "source")
     refused(str(folder), *words, source=source, out=tmp_path / "merged", adapters=[folder])
+
+
+def test_dora_without_its_magnitudes_is_no_lora(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter", low_rank({Q: (32, 32)}), use_dora=True)
+    source = tiny_llama(tmp_path / "source")
+    words = (Q, "use_dora is set", "no lora_magnitude_vector")
+    refused(*words, source=source, out=tmp_path / "merged", adapters=[folder])
 
 
 def test_a_rank_that_is_no_count(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ SRC may be
   a Hugging Face folder or id, or a folder that this command wrote;
   a .bin of llama2.c (legacy layout, version 0);
   with --allow-pickle: a folder with pytorch_model.bin, a ckpt.pt of nanoGPT, a model.pth of
-  gpt-fast or a consolidated.00.pth of Meta (with config.json or params.json beside it, or
-  --config).
+  gpt-fast or the consolidated.00.pth of a Meta model in one part, with facts beside it or in
+  --config: config.json, or params.json with max_seq_len and rope_theta put in.
 OUT appears when everything is on the disk, and not at all where something goes wrong.
 Tokenizer, chat template and licence files beside the weights are copied. A model without them reads
 and writes token ids only."""
@@ -45,7 +45,7 @@ and writes token ids only."""
     )
     parser.add_argument(
         "--lora",
-        type=Path,
+        type=_path,
         action="append",
         default=[],
         metavar="ADAPTER",
@@ -53,7 +53,7 @@ and writes token ids only."""
     )
     parser.add_argument(
         "--config",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="json file with the facts that a .pth does not say: a Hugging Face config.json, or "
         "params.json; default: the one beside it",
@@ -67,13 +67,17 @@ and writes token ids only."""
     parser.add_argument("--force", action="store_true", help="replace a checkpoint at OUT")
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 def run(args: argparse.Namespace) -> int:
-    source = Path(os.path.expanduser(args.source))
+    source = _path(args.source)
     if not os.path.isfile(source):
         source = find_model(args.source, args.revision)
     result = convert(
         source,
-        Path(os.path.expanduser(args.out)),
+        _path(args.out),
         args.to,
         args.dtype,
         args.lora,
