@@ -517,3 +517,14 @@ def test_the_door_opens_from_another_folder(tmp_path: Path) -> None:
 def test_every_family_has_a_case_here() -> None:
     assert {name.split("-")[0] for name in ROUND_TRIPS} == set(FAMILIES)
     assert set(ROUND_TRIPS) <= set(CASES)
+
+
+def test_ctrl_c_says_that_nothing_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_llama(tmp_path / "source")
+    progress = interrupted(KeyboardInterrupt)
+    monkeypatch.setattr("gptfast.commands.convert._progress_bar", progress)
+    assert main(["convert", str(source), str(tmp_path / "own")]) == 130
+    assert capsys.readouterr().err == "Interrupted; nothing was written\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

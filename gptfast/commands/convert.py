@@ -75,17 +75,21 @@ def run(args: argparse.Namespace) -> int:
     source = _path(args.source)
     if not os.path.isfile(source):
         source = find_model(args.source, args.revision)
-    result = convert(
-        source,
-        _path(args.out),
-        args.to,
-        args.dtype,
-        args.lora,
-        facts=args.config,
-        allow_pickle=args.allow_pickle,
-        overwrite=args.force,
-        progress=_progress_bar,
-    )
+    try:
+        result = convert(
+            source,
+            _path(args.out),
+            args.to,
+            args.dtype,
+            args.lora,
+            facts=args.config,
+            allow_pickle=args.allow_pickle,
+            overwrite=args.force,
+            progress=_progress_bar,
+        )
+    except KeyboardInterrupt:
+        _note("Interrupted; nothing was written")
+        raise
     if result.left_out:
         _note(f"Left out: {result.left_out}")
     if not result.has_tokenizer:
