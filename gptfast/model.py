@@ -152,7 +152,7 @@ class Block(nn.Module):
         """
         normed = self.attention_norm(x)
         y = self.attention_post_norm(self.attention(normed, positions, cos_sin, cache))
-        attended = x + y * self.multiplier
+        attended = torch.add(x, y, alpha=self.multiplier)
         if not self.parallel:
             normed = self.mlp_norm(attended)
         elif not self.shared_norm:
@@ -162,7 +162,7 @@ class Block(nn.Module):
             y = self.mlp(normed, is_padding)
         else:
             y = self.mlp(normed)
-        return attended + self.mlp_post_norm(y) * self.multiplier
+        return torch.add(attended, self.mlp_post_norm(y), alpha=self.multiplier)
 
 
 def fused_rows(config: ModelConfig, name: str) -> tuple[int, ...] | None:
