@@ -573,6 +573,21 @@ def test_a_router_bias_stays_exact_in_half_precision(tmp_path: Path) -> None:
     assert all(torch.equal(p, wide.get_parameter(n)) for n, p in found.items())
 
 
+def test_experts_need_room_to_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's experts stand in memory twice for a moment."""
+    name = next(name for name in CASES if name.startswith("mixtral-"))
+    folder = write_checkpoint(tmp_path / "model", name)
+    config = inspect(folder).config
+    assert config.experts is not None
+    layer = config.experts.num_experts * 2 * config.experts.hidden_dim * config.dim
+    needed = 2 * (config.num_parameters + layer)
+    monkeypatch.setattr("gptfast.device.free_memory", lambda device: needed)
+    load(folder, "bf16")
+    monkeypatch.setattr("gptfast.device.free_memory", lambda device: needed - 1)
+    with pytest.raises(MemoryError):
+        load(folder, "bf16")
+
+
 def test_parts_of_a_multimodal_model_are_left_out_and_named(tmp_path: Path) -> None:
     raw = {"model_type": "llava", "text_config": LLAMA, "vision_config": {"hidden_size": 8}}
     tensors = {f"language_model.{n}": t for n, t in llama_tensors(LLAMA).items()}

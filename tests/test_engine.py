@@ -741,3 +741,18 @@ def test_longrope_request_that_ends_where_it_would_cross(stretched: Transformer)
         [result] = run(Engine(stretched, 2), (prompt, stop))
         first = expected.index(expected[num_new - 1])
         assert result.token_ids == expected[: first + 1]
+
+
+def test_a_longrope_row_that_crossed_is_read_anew_once_and_serves_no_short_text(
+    stretched: Transformer,
+) -> None:
+    """Its keys are those of long texts: a short prompt with the same beginning needs its own."""
+    engine = Engine(stretched, 1)
+    reread, lengths = engine.runner.reread, []
+    engine.runner.reread = lambda ids, row: (lengths.append(len(ids)), reread(ids, row))[1]
+    run(engine, (random_prompt(36), replace(GREEDY, max_new_tokens=14)))
+    assert lengths == [40]
+    short = random_prompt(36)[:20]
+    [result] = run(engine, (short, GREEDY))
+    assert result.stats is not None and result.stats.num_cached_tokens == 0
+    assert result.token_ids == uncached(stretched, short, 8)

@@ -300,6 +300,17 @@ def test_weights_of_groups_without_rows_are_not_read() -> None:
     assert grouped_linear(x, weight, None, ends).isfinite().all()
 
 
+@pytest.mark.parametrize("op", [grouped_linear, grouped_linear_reference, grouped_linear_on_cuda])
+def test_rows_behind_the_last_group_belong_to_none(op: Callable[..., Tensor]) -> None:
+    """So are those of padding; they may have any result and disturb nobody."""
+    x, weight, biases, ends = random_groups([3, 0, 2, 1], bias=True)
+    expected = grouped_linear_reference(x, weight, biases, ends)
+    more = torch.cat((x, torch.randn(4, 8)))
+    found = op(more, weight, biases, ends)
+    assert found.shape == (10, 6)
+    torch.testing.assert_close(found[:6], expected)
+
+
 def test_grouped_linear_is_a_proper_operator() -> None:
     for bias in (False, True):
         inputs = random_groups([2, 0, 1], bias)
