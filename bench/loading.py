@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from gptfast.checkpoint import load
 from gptfast.commands.bench import commit, device_name
 from gptfast.convert import convert
 from gptfast.device import DTYPES, peak_memory
+from gptfast.loading import load
 from gptfast.shapes import shape_config, write_random_checkpoint
 
 KINDS = ("hf", "gptfast")

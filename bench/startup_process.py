@@ -47,8 +47,8 @@ def load(task: dict[str, Any]) -> None:
         torch.set_num_threads(task["threads"])
     print("imported", flush=True)
     sys.stdin.readline()
-    from gptfast.checkpoint import load
     from gptfast.device import parse_device
+    from gptfast.loading import load
 
     model = load(Path(task["folder"]), task["dtype"], parse_device(task["device"]))
     print("loaded", flush=True)

@@ -7,12 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptfast.checkpoint import load as load
     from gptfast.config import ModelConfig as ModelConfig
     from gptfast.engine import Engine as Engine
     from gptfast.llm import LLM as LLM
     from gptfast.llm import Chunk as Chunk
     from gptfast.llm import Output as Output
+    from gptfast.loading import load as load
     from gptfast.sampling import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOMES = {
     "SamplingParams": "gptfast.sampling",
     "ModelConfig": "gptfast.config",
     "Engine": "gptfast.engine",
-    "load": "gptfast.checkpoint",
+    "load": "gptfast.loading",
 }
 __all__ = [*_HOMES, "__version__"]
 

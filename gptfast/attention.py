@@ -55,15 +55,10 @@ class _CachedAttention(nn.Module):
             order = torch.arange(q.size(1), device=q.device).expand(q.shape[:2])
             # Not the op: this one has gradients.
             return attention_on_any_device(q, keys, values, order, None, *scoring)
-        rows = torch.arange(q.size(0), device=q.device).unsqueeze(1)  # [B, 1]
-        # index_put stays in place under Inductor; scatter_ copies the whole cache (measured).
-        cache.keys[rows, :, positions] = k.to(cache.keys.dtype)
-        if cache.values is None:
-            values = cache.keys[..., : v.size(-1)]
-        else:
-            values = cache.values
-            values[rows, :, positions] = v.to(values.dtype)
-        return attention(q, cache.keys, values, positions, cache.bound, *scoring)
+        cache.write(k, v, positions)
+        values, value_scales = cache.values_of(v.size(-1))
+        options = (*scoring, cache.key_scales, value_scales)
+        return attention(q, cache.keys, values, positions, cache.bound, *options)
 
 
 class Attention(_CachedAttention):

@@ -1,45 +1,37 @@
-"""A folder in, a Transformer out. Our parameters pull their tensors; files do not push.
+"""A folder in, its facts and where the weights stand out: a Checkpoint.
 
-Names and shapes are checked against the facts before anything large is allocated. Each parameter is
-allocated once, in its final dtype and place, and filled from the mapped file, so the peak is the
-weights themselves.
+Names, shapes and dtypes are checked against the facts; no weights are read.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptfast.config import ModelConfig
-from gptfast.device import check_fits, parse_dtype
 from gptfast.families import Family, find_family, language_part, model_config
-from gptfast.model import Transformer, fused_rows, keeps_float32
+from gptfast.matching import RENAMES, Matching, renamed
+from gptfast.model import Transformer, fused_rows
+from gptfast.quantization import quantizable
+from gptfast.quantized_files import QuantizedFiles, quantization_settings, quantized_files
 from gptfast.sources import Source
-from gptfast.tensor_files import DTYPES, TensorFiles, Tensors, read_json, some
-from quantize.packing import pack_linears
+from gptfast.stored import (
+    QUANT_METHOD,
+    order_name,
+    part_shapes,
+    read_formats,
+)
+from gptfast.tensor_files import DTYPES, TensorFiles, Tensors, read_json
+from quantize.formats import Format
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 # In config.json of a checkpoint that has our own names (`gptfast convert`).
 FORMAT_KEY, FORMAT = "gptfast_format", 1
-# The same model is published under several beginnings of its names: (ours to expect, theirs).
-RENAMES = (
-    ("", ""),
-    ("transformer.", ""),
-    ("model.", ""),
-    ("", "model."),
-    ("", "language_model."),
-    ("model.", "model.language_model."),
-    ("model.", "language_model."),
-    ("gpt_neox.", ""),
-)
-# Buffers that old files carry along: they follow from config.json.
-BUFFERS = r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))"
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -72,7 +64,8 @@ def _read_generation(folder: Path) -> dict[str, Any] | None:
 class Checkpoint:
     """A folder that has been checked: its facts, and for each of our parameters the tensors it
     comes from. `left_out` says what the files hold beside the language model, "" where nothing;
-    `is_own` that the files have our own names.
+    `is_own` that the files have our own names. `formats`: module -> format, of those that are
+    stored quantized, `method` by whom or how, and `notes` what is to be said about it.
     """
 
     folder: Path
@@ -83,6 +76,20 @@ class Checkpoint:
     sources: dict[str, Source]
     left_out: str = ""
     is_own: bool = False
+    formats: dict[str, Format] = field(default_factory=dict)
+    method: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weights are, those that have no format here included."""
+        return bool(self.formats) or isinstance(self.tensors, QuantizedFiles)
+
+    @property
+    def quantized_as(self) -> str:
+        """For people: the method, and the formats where there are any."""
+        forms = dict.fromkeys(form.name for form in self.formats.values())
+        return ", ".join([self.method, *forms]) if self.method else ", ".join(forms)
 
 
 def inspect(folder: Path) -> Checkpoint:
@@ -91,22 +98,101 @@ def inspect(folder: Path) -> Checkpoint:
     ValueError names what is missing, extra, misshapen or truncated.
     """
     config, raw = read_config(folder)
-    _check_quantization(folder, raw)
-    return match(config, raw, TensorFiles(folder))
+    tensors: Tensors = TensorFiles(folder)
+    settings = quantization_settings(folder, {**raw, **language_part(raw)})
+    # MXFP4 has a place among the sources of its family.
+    if settings is not None and settings.get("quant_method") not in (QUANT_METHOD, "mxfp4"):
+        tensors = quantized_files(TensorFiles(folder), settings)
+    return match(config, raw, tensors)
 
 
 def match(config: ModelConfig, raw: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
     """A checkpoint of these facts and tensors; ValueError where they do not fit together."""
     family = find_family(raw)
     _check_size(config, tensors)
+    own_formats = _own_formats(tensors.folder, raw)
+    model = empty_model(config, own_formats or ())
+    sources, left_out = Matching(model, raw, family, tensors, own_formats).match()
+    sources = _as_stored(sources, tensors)
+    _check_shapes(model, sources, tensors, own_formats or {})
+    formats = own_formats
+    if formats is None:
+        formats = _published_formats(model, sources, tensors)
+    return Checkpoint(
+        folder=tensors.folder,
+        config=config,
+        family=family,
+        dtype=_stored_dtype(raw, tensors, sources),
+        tensors=tensors,
+        sources=sources,
+        left_out=left_out,
+        is_own=own_formats is not None,
+        formats=formats,
+        method=_method(tensors.folder, raw),
+        notes=tensors.notes if isinstance(tensors, QuantizedFiles) else (),
+    )
+
+
+def empty_model(config: ModelConfig, formats: Container[str] = ()) -> Transformer:
+    """A model on the meta device, to load into. Where the head is among the quantized modules
+    `formats` it has a weight of its own, tied or not.
+    """
     with torch.device("meta"):
         model = Transformer(config)
-    matching = _Matching(model, raw, family, tensors)
-    sources, left_out = matching.match()
-    _check_shapes(model, sources, tensors)
-    dtype = _stored_dtype(raw, tensors, sources)
-    is_own = matching.is_own
-    return Checkpoint(tensors.folder, config, family, dtype, tensors, sources, left_out, is_own)
+        if config.tied_head and "head" in formats:
+            model.head.weight = nn.Parameter(torch.empty_like(model.embed.weight), False)
+    return model
+
+
+def _own_formats(folder: Path, raw: Mapping[str, Any]) -> dict[str, Format] | None:
+    """Module -> format of a checkpoint of our own names; None of others."""
+    if raw.get(FORMAT_KEY) is None:
+        return None
+    if raw[FORMAT_KEY] != FORMAT:
+        raise ValueError(
+            f"{folder}: {FORMAT_KEY} is {raw[FORMAT_KEY]!r}; this version reads {FORMAT}: convert "
+            "the original checkpoint again, or update gptfast"
+        )
+    settings = raw.get("quantization_config")
+    return read_formats(settings) if isinstance(settings, Mapping) else {}
+
+
+def _as_stored(sources: dict[str, Source], tensors: Tensors) -> dict[str, Source]:
+    """Quantized weights have rows first, also of families that store plain ones transposed."""
+    if not isinstance(tensors, QuantizedFiles):
+        return sources
+    return {
+        name: replace(source, transposed=False)
+        if source.transposed and source.names[0] in tensors.formats
+        else source
+        for name, source in sources.items()
+    }
+
+
+def _method(folder: Path, raw: Mapping[str, Any]) -> str:
+    settings = quantization_settings(folder, {**raw, **language_part(raw)}) or {}
+    return str(settings.get("method" if raw.get(FORMAT_KEY) else "quant_method", ""))
+
+
+def _published_formats(
+    model: Transformer, sources: Mapping[str, Source], tensors: Tensors
+) -> dict[str, Format]:
+    """Module -> the one format that all tensors of its weight have."""
+    found = {}
+    linears = set(quantizable(model)) - {"embed"}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        source = sources[name]
+        if leaf != "weight" or module not in linears:
+            continue
+        if source.mxfp4:
+            found[module] = Format.parse("mxfp4")
+        elif isinstance(tensors, QuantizedFiles):
+            parts = {tensors.format(n) for n in source.all_names(tuple(parameter.shape))}
+            form = parts.pop()
+            if form is not None and not parts:
+                found[module] = form
+    return found
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -114,83 +200,6 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Transformer(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def load(
-    checkpoint: Path | Checkpoint,
-    dtype: str | torch.dtype = "auto",
-    device: torch.device | str = "cpu",
-    progress: Progress = iter,
-) -> Transformer:
-    """The model of a folder, or of one that has been inspected, in `dtype` ("auto": what
-    config.json says, else that of the file).
-
-    `progress` may wrap the sequence of parameters (tqdm does). ValueError as `inspect`; MemoryError
-    says how much was needed.
-    """
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else inspect(checkpoint)
-    device = torch.device(device)
-    chosen = parse_dtype(dtype) or source.dtype
-    check_fits(
-        (source.config.num_parameters + _num_packed_at_once(source.config, device))
-        * chosen.itemsize,
-        device,
-        f"{source.folder.name}: {source.config.num_parameters:,} weights in {chosen}",
-        "use a smaller dtype or model",
-    )
-    check_tied_head(source)
-    with torch.device("meta"):
-        model = Transformer(source.config)
-    for name, tensor in read_parameters(source, model, chosen, device, progress):
-        _replace_parameter(model, name, tensor)
-    model.tie_head()
-    pack_linears(model)
-    return model.to(device).eval()
-
-
-def _num_packed_at_once(config: ModelConfig, device: torch.device) -> int:
-    """Weights that stand in memory twice while a layer's experts are packed for the CPU."""
-    experts = config.experts
-    if experts is None or device.type != "cpu":
-        return 0
-    return experts.num_experts * 2 * experts.hidden_dim * config.dim
-
-
-def read_parameters(
-    source: Checkpoint,
-    model: Transformer,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress = iter,
-) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters by name, each read when it is asked for. `model` may be on the meta device.
-
-    Where files of our own names have a parameter as it is needed, it is the file's own pages: 1.1 B
-    float32 weights load in 0.05 s instead of 0.9, and decode as fast. Other files might be
-    overwritten in place while they are in use; these are only ever replaced.
-    """
-    files = source.tensors
-    for name, parameter in progress(list(model.named_parameters())):
-        kept = torch.float32 if keeps_float32(name) else dtype
-        if source.is_own and isinstance(files, TensorFiles) and device.type == "cpu":
-            [stored] = source.sources[name].names
-            if DTYPES.get(files.dtype(stored)) == kept:
-                yield name, files.mapped(stored)
-                continue
-        tensor = torch.empty(parameter.shape, dtype=kept, device=device)
-        with source.tensors.reader() as read:
-            source.sources[name].read(tensor, source.config, read)
-        yield name, tensor
-
-
-def _check_quantization(folder: Path, raw: Mapping[str, Any]) -> None:
-    settings = language_part(raw).get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-    if method not in (None, "mxfp4"):
-        raise ValueError(
-            f"{folder}: the weights are quantized ({method!r}); this version reads float weights "
-            "and mxfp4: use the unquantized model"
-        )
 
 
 def _check_size(config: ModelConfig, tensors: Tensors) -> None:
@@ -203,101 +212,20 @@ def _check_size(config: ModelConfig, tensors: Tensors) -> None:
         )
 
 
-class _Matching:
-    """Finds for each of our parameters the tensors in the files that it comes from."""
-
-    def __init__(
-        self, model: Transformer, raw: Mapping[str, Any], family: Family, tensors: Tensors
-    ) -> None:
-        self.model, self.raw, self.folder = model, raw, tensors.folder
-        self.names = tensors.names  # once: a mixture of experts has 100,000
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.is_own = raw.get(FORMAT_KEY) is not None
-        self.head: tuple[Source, ...] = ()
-        self.wanted: dict[str, tuple[Source, ...]]
-        if self.is_own:
-            _check_format(tensors.folder, raw)
-            self.wanted = {name: (Source((name,)),) for name in self.shapes}
-        else:
-            self.wanted = {name: family.sources(name) for name in self.shapes}
-            self.head = family.sources("head.weight")
-        self.expected, self.found = max(RENAMES, key=self._num_found)
-
-    def match(self) -> tuple[dict[str, Source], str]:
-        """Our parameter -> its source under the names of the files, and what is left out in words;
-        ValueError for anything missing or extra.
-        """
-        sources, missing = {}, []
-        for name, alternatives in self.wanted.items():
-            for source in (source.renamed(self.stored) for source in alternatives):
-                if all(n in self.names for n in source.all_names(self.shapes[name])):
-                    sources[name] = source
-                    break
-            else:
-                names = alternatives[0].renamed(self.stored).all_names(self.shapes[name])
-                missing += [n for n in names if n not in self.names]
-        if missing:
-            raise ValueError(f"{self.folder}: missing tensors: {some(sorted(missing))}")
-        used = {n for name, source in sources.items() for n in source.all_names(self.shapes[name])}
-        return sources, self._left_out(self.names - used)
-
-    def stored(self, name: str) -> str:
-        """`name` as the files spell it: the head may stand outside of the beginning that all others
-        share.
-        """
-        changed = _renamed(name, self.expected, self.found)
-        probe = changed.replace("{e}", "0")
-        return changed if probe in self.names else name
-
-    def _num_found(self, rename: tuple[str, str]) -> int:
-        names = (sources[0].names[0].replace("{e}", "0") for sources in self.wanted.values())
-        return sum(_renamed(name, *rename) in self.names for name in names)
-
-    def _left_out(self, unused: set[str]) -> str:
-        tied = {self.stored(head.names[0]) for head in self.head if self.model.config.tied_head}
-        unused = {n for n in unused - tied if not re.fullmatch(BUFFERS, n)}
-        beside = {name for name in unused if self._is_beside(name)}
-        if extra := sorted(unused - beside):
-            raise ValueError(
-                f"{self.folder}: tensors that a {self.model.config.model_type!r} model "
-                f"with this config.json has no place for: {some(extra)}"
-            )
-        parts = sorted({name.removeprefix("model.").split(".")[0] for name in beside})
-        return f"{len(beside)} tensors of {some(parts)}" if beside else ""
-
-    def _is_beside(self, name: str) -> bool:
-        """Parts of a multimodal model, and layers that predict tokens further ahead."""
-        if language_part(self.raw) is not self.raw:
-            return not name.startswith((self.found or "model.", "lm_head."))
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        ahead = self.raw.get("num_nextn_predict_layers") or 0
-        return bool(ahead and layer and int(layer[1]) >= self.model.config.num_layers)
-
-
-def _renamed(name: str, expected: str, found: str) -> str:
-    """`name` with another beginning, by an entry of RENAMES."""
-    return found + name.removeprefix(expected) if name.startswith(expected) else name
-
-
-def _check_format(folder: Path, raw: Mapping[str, Any]) -> None:
-    if raw[FORMAT_KEY] != FORMAT:
-        raise ValueError(
-            f"{folder}: {FORMAT_KEY} is {raw[FORMAT_KEY]!r}; this version reads {FORMAT}: convert "
-            "the original checkpoint again, or update gptfast"
-        )
-
-
-def _check_shapes(model: Transformer, sources: dict[str, Source], tensors: Tensors) -> None:
+def _check_shapes(
+    model: Transformer,
+    sources: dict[str, Source],
+    tensors: Tensors,
+    own_formats: Mapping[str, Format],
+) -> None:
     for name, parameter in model.named_parameters():
-        source = sources[name]
-        parts = fused_rows(model.config, name)
-        for theirs, needed in source.shapes(tuple(parameter.shape), parts).items():
-            found = tensors.shape(theirs)
-            if found != needed:
-                raise ValueError(
-                    f"{tensors.folder}: {theirs} has shape {list(found)}; "
-                    f"config.json needs {list(needed)}"
-                )
+        source, shape = sources[name], tuple(parameter.shape)
+        module = name.removesuffix(".weight")
+        if module in own_formats:
+            _check_own_parts(module, own_formats[module], shape, tensors)
+            continue
+        for theirs, needed in source.shapes(shape, fused_rows(model.config, name)).items():
+            _check_shape(tensors, theirs, needed)
             supported = ("U8",) if source.mxfp4 else ("F32", "F16", "BF16", "F64")
             if tensors.dtype(theirs) not in supported:
                 kind = "bytes (U8)" if source.mxfp4 else "float weights (F32, F16, BF16)"
@@ -307,17 +235,36 @@ def _check_shapes(model: Transformer, sources: dict[str, Source], tensors: Tenso
                 )
 
 
+def _check_shape(tensors: Tensors, name: str, needed: tuple[int, ...]) -> None:
+    if (found := tensors.shape(name)) != needed:
+        raise ValueError(
+            f"{tensors.folder}: {name} has shape {list(found)}; config.json needs {list(needed)}"
+        )
+
+
+def _check_own_parts(module: str, form: Format, shape: tuple[int, ...], tensors: Tensors) -> None:
+    has_order = order_name(module) in tensors.names
+    for name, needed in part_shapes(module, form, shape, has_order).items():
+        _check_shape(tensors, name, needed)
+    stored, needed_dtype = tensors.dtype(f"{module}.weight"), form.values_dtype
+    if DTYPES.get(stored) != needed_dtype:
+        raise ValueError(
+            f"{tensors.folder}: {module}.weight is stored as {stored}; a weight in {form.name} is "
+            f"{str(needed_dtype).removeprefix('torch.')}"
+        )
+
+
 def check_tied_head(source: Checkpoint) -> None:
     """A head stored beside a tied one must equal the embedding: which one to use would be a guess
     (transformers 4 takes the embedding, 5 the head).
     """
-    if not source.config.tied_head:
+    if not source.config.tied_head or source.is_own:
         return
     [embed] = source.sources["embed.weight"].names
     names = source.tensors.names
     for head in source.family.sources("head.weight"):
         for expected, found in RENAMES:
-            name = _renamed(head.names[0], expected, found)
+            name = renamed(head.names[0], expected, found)
             if name not in names or name == embed:
                 continue
             if not torch.equal(source.tensors.tensor(name), source.tensors.tensor(embed)):
@@ -338,8 +285,3 @@ def _stored_dtype(
     # Of the embedding: norms and routers are often kept in more.
     stored = tensors.dtype(sources["embed.weight"].names[0])
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
-
-
-def _replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -374,12 +374,13 @@ class ModelConfig:
             return 1, self.latent.kv_rank + self.latent.rope_dim, 0
         return self.num_kv_heads, self.head_dim, self.head_dim
 
-    def cache_bytes_per_token(self, element_size: int) -> int:
+    def cache_bytes_per_token(self, element_size: int, scale_size: int = 0) -> int:
         """Bytes of keys and values that one token of one row occupies, at `element_size` bytes a
-        number.
+        number and `scale_size` bytes for each of the two scales of a head.
         """
         num_heads, key_dim, value_dim = self.cache_shape
-        return self.num_layers * num_heads * (key_dim + value_dim) * element_size
+        per_head = (key_dim + value_dim) * element_size + 2 * scale_size
+        return self.num_layers * num_heads * per_head
 
 
 def _is_whole(value: Any) -> bool:

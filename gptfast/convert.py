@@ -5,11 +5,9 @@ Our parameters pull their tensors as in loading, one at a time, and pass to the 
 appears under the final name before everything is on the disk.
 """
 
-import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,31 +24,29 @@ from gptfast.checkpoint import (
     Checkpoint,
     Progress,
     check_tied_head,
+    empty_model,
     inspect,
     match,
     parameter_shapes,
     read_config,
-    read_parameters,
 )
-from gptfast.device import format_bytes, parse_dtype
+from gptfast.device import parse_dtype
 from gptfast.families import language_part, model_config
 from gptfast.foreign import is_foreign, read_foreign
+from gptfast.loading import check_plan, read_stored, read_weights
 from gptfast.lora import merge
-from gptfast.model import Transformer, fused_rows, keeps_float32
+from gptfast.model import fused_rows, keeps_float32
+from gptfast.new_folder import check_places, check_space, companions, new_folder
+from gptfast.quantization import QuantPlan
 from gptfast.shards import Stored, write_tensors
 from gptfast.sources import Source
-from gptfast.tensor_files import Tensors, some
+from gptfast.stored import quantization_config, stored_parts, tensors_of
+from gptfast.tensor_files import Tensors
+from quantize.formats import Format, QuantizedWeight
 
 TARGETS = ("gptfast", "hf")
 # Where names alone do not follow from the facts: our parameter -> the tensor it was read from.
 PLACES_KEY = "gptfast_places"
-# What stands beside the weights and belongs to the model.
-COMPANIONS = (
-    "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt chat_template.json *.model *.model.v[0-9]* *.tiktoken "
-    "*.jinja LICENSE* NOTICE* USE_POLICY*"
-).split()
-COMPANIONS_FOLDER = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,7 @@ def convert(
     *,
     facts: Path | None = None,
     allow_pickle: bool = False,
+    quant: QuantPlan | None = None,
     overwrite: bool = False,
     shard_bytes: int | None = None,
     progress: Progress = iter,
@@ -84,23 +81,32 @@ def convert(
     `adapters` merged.
 
     "auto" is the dtype that loading would choose. `facts`: a json file for formats that do not say
-    all. `overwrite`: a checkpoint at `out` makes way, once the new one is complete. ValueError says
-    in one line what is in the way; `out` is then as it was.
+    all. With a plan `quant` linears are rounded to its formats; what is quantized already stays so,
+    or becomes plain numbers for "hf". `overwrite`: a checkpoint at `out` makes way, once the new
+    one is complete. ValueError says in one line what is in the way; `out` is then as it was.
     """
     if to not in TARGETS:
         raise ValueError(f"target {to!r} is unknown; use one of: {', '.join(TARGETS)}")
     chosen, out = parse_dtype(dtype), Path(os.path.abspath(out))
-    _check_places(source, out, adapters, overwrite)
+    check_places(source, out, adapters, overwrite)
     checkpoint, raw = _read(source, allow_pickle, facts)
     check_tied_head(checkpoint)
     left_out = checkpoint.left_out
     if adapters:
+        if checkpoint.is_quantized:
+            raise ValueError(
+                f"{source} is quantized ({checkpoint.quantized_as}) and adapters are merged into "
+                "plain weights: convert it with --to hf first"
+            )
         checkpoint, raw = _merged(checkpoint, raw, adapters)
-    job = _Job(checkpoint, raw, chosen or checkpoint.dtype, to == "gptfast")
-    companions = _companions(source)
-    with _new_folder(out, overwrite) as folder:
-        _check_space(out.parent, job.num_bytes + sum(path.stat().st_size for path in companions))
-        for path in companions:
+    plan = check_plan(checkpoint, quant)
+    if plan is not None and to != "gptfast":
+        raise ValueError(f"a quantized model is written for gptfast only, not for {to!r}")
+    job = _Job(checkpoint, raw, chosen or checkpoint.dtype, to == "gptfast", plan)
+    beside = companions(source)
+    with new_folder(out, overwrite) as folder:
+        check_space(out.parent, job.num_bytes + sum(path.stat().st_size for path in beside))
+        for path in beside:
             target = folder / path.relative_to(checkpoint.tensors.folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
@@ -114,7 +120,7 @@ def convert(
         num_bytes=job.num_bytes,
         dtype=job.dtype,
         left_out=left_out,
-        has_tokenizer=any(fnmatchcase(p.name, t) for p in companions for t in tokenizers),
+        has_tokenizer=any(fnmatchcase(p.name, t) for p in beside for t in tokenizers),
     )
 
 
@@ -134,12 +140,47 @@ class _Job:
     """Which tensors there will be, and how they come about."""
 
     def __init__(
-        self, checkpoint: Checkpoint, raw: Mapping[str, Any], dtype: torch.dtype, own: bool
+        self,
+        checkpoint: Checkpoint,
+        raw: Mapping[str, Any],
+        dtype: torch.dtype,
+        own: bool,
+        plan: QuantPlan | None = None,
     ) -> None:
         self.checkpoint, self.raw, self.dtype, self.own = checkpoint, raw, dtype, own
         self.places = published_places(checkpoint, raw)
-        with torch.device("meta"):
-            self.model = Transformer(checkpoint.config)
+        self.model = empty_model(checkpoint.config, checkpoint.formats if checkpoint.is_own else ())
+        self.to_make = {} if plan is None else plan.formats(self.model)
+        self.formats: dict[str, Format] = {}
+        self._parts: dict[str, dict[str, Stored]] = {}
+        if own:
+            self._parts = self._made_parts() if self.to_make else self._kept_parts()
+            formats = self.to_make or checkpoint.formats
+            self.formats = {module: formats[module] for module in self._parts}
+
+    def _made_parts(self) -> dict[str, dict[str, Stored]]:
+        """Module -> the tensors that quantizing will make."""
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        shapes.setdefault("head.weight", shapes["embed.weight"])
+        return {
+            module: stored_parts(module, form, shapes[f"{module}.weight"])
+            for module, form in self.to_make.items()
+        }
+
+    def _kept_parts(self) -> dict[str, dict[str, Stored]]:
+        """Module -> its stored tensors. They are looked at: the parts of a published weight may
+        turn out to have no form in common.
+        """
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            module = name.removesuffix(".weight")
+            if module not in self.checkpoint.formats:
+                continue
+            weight = read_stored(self.checkpoint, module, tuple(parameter.shape))
+            if weight is not None:
+                parts = tensors_of(module, weight)
+                found[module] = {n: Stored(t.dtype, tuple(t.shape)) for n, t in parts.items()}
+        return found
 
     def config(self) -> dict[str, Any]:
         """The new config.json."""
@@ -151,14 +192,21 @@ class _Job:
             raw["text_config"] = dict(raw["text_config"])
             parts.append(raw["text_config"])
         for part in parts:
-            part.pop("quantization_config", None)  # weights are plain numbers now
+            part.pop("quantization_config", None)  # of others
             for key in {"dtype", "torch_dtype"} & part.keys() or {"torch_dtype"}:
                 part[key] = str(self.dtype).removeprefix("torch.")
         if self.own:
             raw[FORMAT_KEY] = FORMAT
+            if self.formats:
+                raw["quantization_config"] = self._quantization_config()
             if places := self._places_to_remember():
                 raw[PLACES_KEY] = places
         return raw
+
+    def _quantization_config(self) -> dict[str, Any]:
+        if self.checkpoint.is_own and not self.to_make:  # with all that it says to people
+            return self.raw["quantization_config"]
+        return quantization_config(self.formats, "rtn" if self.to_make else self.checkpoint.method)
 
     def _places_to_remember(self) -> dict[str, str]:
         family = self.checkpoint.family
@@ -171,12 +219,22 @@ class _Job:
     def stored(self) -> dict[str, Stored]:
         """Every tensor of the new files, in the order of our parameters."""
         found: dict[str, Stored] = {}
+        for parts in self._parts.values():
+            found |= parts
         for name, parameter in self.model.named_parameters():
+            if name.removesuffix(".weight") in self._parts or name in self._left_out:
+                continue
             dtype = torch.float32 if keeps_float32(name) else self.dtype
             shape = tuple(parameter.shape)
             shapes = {name: shape} if self.own else self._published_shapes(name, shape)
             found |= {theirs: Stored(dtype, shape) for theirs, shape in shapes.items()}
         return found
+
+    @property
+    def _left_out(self) -> set[str]:
+        """A tied head that was quantized apart is the embedding again."""
+        tied = self.checkpoint.config.tied_head and not self.own
+        return {"head.weight"} if tied else set()
 
     @property
     def num_bytes(self) -> int:
@@ -186,9 +244,12 @@ class _Job:
         return self.places[name].shapes(shape, fused_rows(self.checkpoint.config, name))
 
     def tensors(self, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-        config = self.checkpoint.config
-        cpu = torch.device("cpu")
-        for name, ours in read_parameters(self.checkpoint, self.model, self.dtype, cpu, progress):
+        config, cpu = self.checkpoint.config, torch.device("cpu")
+        arguments = (self.to_make, self.dtype, cpu, progress, self.own)
+        for name, ours in read_weights(self.checkpoint, self.model, *arguments):
+            if isinstance(ours, QuantizedWeight):
+                yield from tensors_of(name.removesuffix(".weight"), ours).items()
+                continue
             if self.dtype == torch.float16 and not ours.isfinite().all():
                 raise ValueError(
                     f"{self.checkpoint.folder}: {name} has numbers that float16 cannot hold (or "
@@ -196,7 +257,7 @@ class _Job:
                 )
             if self.own:
                 yield name, ours
-            else:
+            elif name not in self._left_out:
                 yield from self.places[name].write(ours, config, fused_rows(config, name))
 
 
@@ -271,109 +332,3 @@ def _merged(
     tensors, raw = merge(checkpoint, raw, adapters)
     merged = match(model_config(raw), raw, tensors)
     return replace(merged, dtype=checkpoint.dtype), raw
-
-
-# -- files --
-
-
-def _companions(source: Path) -> list[Path]:
-    """Files of tokenizer, templates and licence. Beside a single file only a tokenizer is taken for
-    its own, and nothing where other weights stand there too.
-    """
-    folder = source
-    if source.is_file():
-        folder, kinds = source.parent, ("*.bin", "*.pt", "*.pth", "*.safetensors")
-        others = {p for kind in kinds for p in folder.glob(kind)} - {folder / "tokenizer.bin"}
-        own = [folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
-        own += [folder / name for name in ("merges.txt", "tokenizer_config.json")]
-        return [path for path in own if path.is_file()] if others == {source} else []
-    found = [p for p in folder.iterdir() if any(fnmatchcase(p.name, c) for c in COMPANIONS)]
-    found += (folder / COMPANIONS_FOLDER).glob("*.jinja")
-    return sorted(path for path in found if path.is_file())
-
-
-def _check_places(source: Path, out: Path, adapters: Sequence[Path], replaces: bool) -> None:
-    there = out.absolute().parent.resolve() / out.name
-    place = source.resolve()
-    if there == place or (place.is_dir() and there.is_relative_to(place)):
-        raise ValueError(f"{out} is {source} or inside of it; convert into another folder")
-    if not out.exists() and not out.is_symlink():
-        return
-    if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
-        return
-    if not replaces:
-        raise ValueError(f"{out} exists; give another folder, or --force to replace a checkpoint")
-    if out.is_symlink() or not _holds_checkpoint(out):
-        raise ValueError(f"{out} exists and is no folder with a checkpoint; it is not replaced")
-    for used in (source, *adapters):
-        parts = used.iterdir() if used.is_dir() else ()  # links may point anywhere
-        if any(part.resolve().is_relative_to(there) for part in (used, *parts)):
-            raise ValueError(f"{used} is inside of {out}, which would be replaced")
-    if strangers := sorted(path.name for path in out.iterdir() if not _belongs(path)):
-        raise ValueError(
-            f"{out} holds more than a checkpoint, which would be lost: {some(strangers)}; move it "
-            "away, or convert into another folder"
-        )
-
-
-def _belongs(path: Path) -> bool:
-    """Whether a file or folder may stand in the folder of a checkpoint."""
-    if path.is_dir():
-        return path.name in (COMPANIONS_FOLDER, ".cache")
-    kinds = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.md", ".git*", *COMPANIONS)
-    return any(fnmatchcase(path.name, kind) for kind in kinds)
-
-
-def _holds_checkpoint(folder: Path) -> bool:
-    weights = ("*.safetensors", "*.bin", "*.pth", "*.pt")
-    return (folder / "config.json").is_file() and any(any(folder.glob(w)) for w in weights)
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise ValueError(
-            f"the new checkpoint needs {format_bytes(num_bytes)}, and {format_bytes(free)} are "
-            f"free in {folder}; nothing was written"
-        )
-
-
-@contextmanager
-def _new_folder(out: Path, replaces: bool) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all has gone well, and disappears otherwise."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out.parent} cannot be made ({error.strerror})") from None
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    replaced = partial / "replaced"
-    try:
-        folder = partial / out.name
-        folder.mkdir()  # mkdtemp's own is for its owner only
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            _sync(path)
-        if replaces and out.exists():
-            out.rename(replaced)
-        folder.rename(out)
-        _sync(out.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ValueError(
-                f"{error.strerror} in {out.parent}; make space and convert again ({out} is as it "
-                "was)"
-            ) from None
-        raise
-    finally:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

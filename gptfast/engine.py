@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gptfast.cache import cache_bytes_per_token, parse_kv_cache_dtype
 from gptfast.config import ModelConfig
 from gptfast.device import check_fits, free_memory
 from gptfast.model import Transformer
@@ -93,7 +94,7 @@ class Engine:
 
     `max_seq_len` (prompt and new tokens of a row) is by default what the model's facts say, bounded
     by the free memory. ValueError where more is asked than the facts allow; MemoryError where the
-    cache does not fit.
+    cache does not fit. `kv_cache_dtype` is one of cache.KV_CACHE_DTYPES.
     """
 
     def __init__(
@@ -102,11 +103,13 @@ class Engine:
         num_rows: int = 1,
         max_seq_len: int | None = None,
         compile: bool = False,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         check_sizes(model.config, num_rows, max_seq_len)
+        parse_kv_cache_dtype(kv_cache_dtype, model.device)
         self.model, self.num_rows = model, num_rows
-        self.max_seq_len = _context_length(model, num_rows, max_seq_len)
-        self.runner = ModelRunner(model, num_rows, self.max_seq_len, compile)
+        self.max_seq_len = _context_length(model, num_rows, max_seq_len, kv_cache_dtype)
+        self.runner = ModelRunner(model, num_rows, self.max_seq_len, compile, kv_cache_dtype)
         self.device = self.runner.device
         self.counters = DecodeCounters()
         self._queue: deque[Request] = deque()
@@ -376,10 +379,12 @@ def check_sizes(config: ModelConfig, num_rows: int, max_seq_len: int | None) -> 
         )
 
 
-def _context_length(model: Transformer, num_rows: int, asked: int | None) -> int:
+def _context_length(
+    model: Transformer, num_rows: int, asked: int | None, kv_cache_dtype: str
+) -> int:
     """Slots for each row: what was asked, if it fits, or what facts and free memory allow."""
-    config, device = model.config, model.embed.weight.device
-    per_token = num_rows * config.cache_bytes_per_token(model.embed.weight.element_size())
+    config, device = model.config, model.device
+    per_token = num_rows * cache_bytes_per_token(config, model.dtype, kv_cache_dtype)
     # Beside the cache a row holds, for each token of the vocabulary, a bias, a count and a flag.
     others = per_token + num_rows * config.vocab_size * (4 + 4 + 1)  # the spare slot among them
     free = free_memory(device)

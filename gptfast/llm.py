@@ -14,11 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gptfast.cache import parse_kv_cache_dtype
 from gptfast.chat import Message, find_template
-from gptfast.checkpoint import Progress, inspect, load, read_config
+from gptfast.checkpoint import Progress, inspect, read_config
 from gptfast.device import parse_device, peak_memory
 from gptfast.engine import Engine, FinishReason, TokenLogprob, check_sizes
 from gptfast.hub import DEFAULT_MODEL, find_model
+from gptfast.loading import check_plan, load
+from gptfast.quantization import PLAIN, QuantPlan, quant_plan, running_notes
 from gptfast.sampling import SamplingParams
 from gptfast.stats import RequestStats, RunStats
 from gptfast.tokenizer import TextStream, Tokenizer, load_tokenizer
@@ -88,10 +91,15 @@ class LLM:
     """A model with its tokenizer, ready to generate.
 
     `model` is a folder, a hub id or a bundled name; `dtype` auto, bf16, fp16, fp32 or a
-    torch.dtype. `batch_size` is the number of rows that run together (None: as many as a call has
+    torch.dtype. `kv_cache_dtype` int8 or fp8 stores keys and values in eight bits a number (auto:
+    in `dtype`). `batch_size` is the number of rows that run together (None: as many as a call has
     prompts, at most 8). `max_seq_len` is the number of tokens of prompt and output that a row holds
     (None: what the model allows and the memory holds). ValueError for what cannot be used,
     MemoryError for what does not fit.
+
+    `quant` rounds the linears to a format while they are read: int8, int4 (groups of 32, head in
+    int8), int4-g64-asym, int8-dynamic ... (`quantize.formats.Format.parse`), or a QuantPlan;
+    "none" makes plain numbers of weights that are stored quantized.
     """
 
     def __init__(
@@ -100,15 +108,17 @@ class LLM:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
-        quant: str | None = None,
+        quant: QuantPlan | str | None = None,
+        kv_cache_dtype: str = "auto",
         compile: bool = False,
         max_seq_len: int | None = None,
         batch_size: int | None = None,
         revision: str | None = None,
         progress: Progress = iter,
     ) -> None:
-        if quant is not None:
-            raise ValueError(f"quant {quant!r} is not known to this version; leave it out")
+        if isinstance(quant, str) and quant != PLAIN:
+            quant = quant_plan(quant)
+        parse_kv_cache_dtype(kv_cache_dtype, parse_device(device))
         start = perf_counter()
         self.folder = find_model(model, revision)
         self.config, _ = read_config(self.folder)
@@ -116,11 +126,14 @@ class LLM:
         self.tokenizer = load_tokenizer(self.folder)
         self.chat_template = find_template(self.folder)
         source = inspect(self.folder)
+        check_plan(source, quant)
         self.left_out = source.left_out  # parts of the files that are no language model, in words
         # Last, so that what else may be wrong is said before gigabytes are read.
-        self.model = load(source, dtype, parse_device(device), progress)
+        self.model = load(source, dtype, parse_device(device), progress, quant)
+        self.notes = [*source.notes, *running_notes(self.model)]  # on quantized weights, in words
         self.load_s = perf_counter() - start
         self._batch_size, self._max_seq_len, self._compile = batch_size, max_seq_len, compile
+        self._kv_cache_dtype = kv_cache_dtype
         self.engine = self._build_engine(1 if batch_size is None else batch_size)
 
     # -- text --
@@ -250,9 +263,7 @@ class LLM:
             compile_s=engine.runner.compile_s,
             decode=engine.counters,
             weight_bytes=self.model.bytes_per_step,
-            cache_bytes_per_token=self.config.cache_bytes_per_token(
-                engine.runner.cache.layers[0].keys.element_size()
-            ),
+            cache_bytes_per_token=engine.runner.cache.bytes_per_token,
             peak_memory_bytes=peak_memory(engine.device),
             device_bandwidth=device_bandwidth,
         )
@@ -286,7 +297,7 @@ class LLM:
                 engine.cancel(request_id)
 
     def _build_engine(self, num_rows: int) -> Engine:
-        return Engine(self.model, num_rows, self._max_seq_len, self._compile)
+        return Engine(self.model, num_rows, self._max_seq_len, self._compile, self._kv_cache_dtype)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

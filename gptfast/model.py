@@ -16,8 +16,20 @@ from gptfast.config import ModelConfig
 from gptfast.experts import Experts
 from gptfast.layers import build_mlp, build_norm
 from gptfast.rope import Rope
-from quantize.formats import PackedLinear
+from quantize.formats import Format
 from quantize.grouped import GroupedLinear, PackedGroupedLinear
+from quantize.kernels.cpu import PackedQuantizedGroupedLinear, PackedQuantizedLinear
+from quantize.linear import QuantizedGroupedLinear
+from quantize.packed import PackedLinear
+
+# Modules whose weight is no parameter, and those of experts.
+PACKED = (PackedLinear, PackedGroupedLinear, PackedQuantizedLinear, PackedQuantizedGroupedLinear)
+GROUPED = (
+    GroupedLinear,
+    PackedGroupedLinear,
+    QuantizedGroupedLinear,
+    PackedQuantizedGroupedLinear,
+)
 
 
 class Transformer(nn.Module):
@@ -28,6 +40,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.formats: dict[str, Format] = {}  # module -> what its weight is quantized to
         self.embed = _table(config.vocab_size, config.dim)
         num_places = config.max_seq_len + config.position_offset
         self.positions = _table(num_places, config.dim) if config.learned_positions else None
@@ -45,9 +58,22 @@ class Transformer(nn.Module):
         self.requires_grad_(False)
 
     def tie_head(self) -> None:
-        """Makes the head share the embedding's weight, where the facts say so."""
-        if self.config.tied_head:
+        """Makes the head share the embedding's weight where the facts say so, if both are plain."""
+        if self.config.tied_head and self._are_plain:
             self.head.weight = self.embed.weight
+
+    @property
+    def _are_plain(self) -> bool:
+        return type(self.head) is nn.Linear and type(self.embed) is nn.Embedding
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of what is not quantized."""
+        return next(self.norm.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.norm.parameters()).device
 
     @property
     def bytes_per_step(self) -> int:
@@ -55,13 +81,12 @@ class Transformer(nn.Module):
         is the head too, and of experts only the active ones.
         """
         size = sum(parameter.nbytes for parameter in self.parameters())
-        size -= 0 if self.config.tied_head else self.embed.weight.nbytes
+        if not (self.config.tied_head and self._are_plain):
+            size -= sum(parameter.nbytes for parameter in self.embed.parameters())
         size -= self.positions.weight.nbytes if self.positions is not None else 0
-        packed = (PackedLinear, PackedGroupedLinear)
-        size += sum(m.weight_bytes for m in self.modules() if isinstance(m, packed))
+        size += sum(m.weight_bytes for m in self.modules() if isinstance(m, PACKED))
         if (experts := self.config.experts) is not None:
-            grouped = (GroupedLinear, PackedGroupedLinear)
-            stored = sum(m.weight_bytes for m in self.modules() if isinstance(m, grouped))
+            stored = sum(m.weight_bytes for m in self.modules() if isinstance(m, GROUPED))
             idle = experts.num_experts - experts.num_active
             size -= stored * idle // experts.num_experts
         return size

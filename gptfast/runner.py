@@ -32,12 +32,16 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Transformer, num_rows: int, max_seq_len: int, compile: bool = False
+        self,
+        model: Transformer,
+        num_rows: int,
+        max_seq_len: int,
+        compile: bool = False,
+        kv_cache_dtype: str = "auto",
     ) -> None:
-        weight = model.embed.weight
-        self.model, self.device, self.compiled = model, weight.device, compile
+        self.model, self.device, self.compiled = model, model.device, compile
         self.cache = KVCache.allocate(
-            model.config, num_rows, max_seq_len, weight.dtype, self.device
+            model.config, num_rows, max_seq_len, model.dtype, model.device, kv_cache_dtype
         )
         self.sampling = SamplingState(num_rows, model.config.vocab_size, self.device)
         self.tokens = torch.zeros(num_rows, 1, dtype=torch.int64, device=self.device)

@@ -16,6 +16,7 @@ from gptfast.config import ModelConfig
 from gptfast.device import DTYPES, check_fits
 from gptfast.families import Raw, find_family, model_config
 from gptfast.model import Transformer, fused_rows, keeps_float32
+from gptfast.quantization import QuantPlan, fill, rounded
 from gptfast.shards import Stored, write_tensors
 from quantize.packing import pack_linears
 
@@ -40,9 +41,14 @@ def shape_config(name: str, num_layers: int | None = None) -> dict[str, Any]:
 
 
 def random_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    quant: QuantPlan | None = None,
 ) -> Transformer:
-    """A model with random weights, each made directly in its final dtype and place.
+    """A model with random weights, each made directly in its final dtype and place, or rounded to
+    the formats of a plan as it is made.
 
     The same seed gives the same numbers on every device. MemoryError says how much was needed.
     """
@@ -55,10 +61,11 @@ def random_model(
     )
     with torch.device("meta"):
         model = Transformer(config)
-    for name, tensor in random_weights(model, dtype, device, seed):
-        model.load_state_dict({name: tensor}, strict=False, assign=True)
+    weights = random_weights(model, dtype, device, seed)
+    formats = {} if quant is None else quant.formats(model)
+    fill(model, rounded(weights, formats, config.tied_head, search=False), dtype)
     model.tie_head()
-    pack_linears(model)
+    pack_linears(model, dtype)
     return model.to(device).eval()
 
 

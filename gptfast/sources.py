@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptfast.config import ModelConfig
+from quantize.formats import QuantizedWeight, mxfp4_weight
 from quantize.mxfp4 import dequantize_mxfp4
 
 Order = Callable[[ModelConfig], Tensor]
@@ -86,6 +87,31 @@ class Source:
                 else:
                     entry[start : start + theirs.size(0)].copy_(theirs)
                     start += theirs.size(0)
+
+    def read_quantized(
+        self,
+        shape: tuple[int, ...],
+        config: ModelConfig,
+        tensor: Callable[[str], Tensor],
+        quantized: Callable[[str], QuantizedWeight],
+    ) -> QuantizedWeight | None:
+        """The stored form of a weight of `shape`, where its parts have one in common.
+
+        `quantized` gives that of a part by name, rows first whatever `transposed` says of plain
+        ones.
+        """
+        order = None if self.order is None else self.order(config)
+        if self.mxfp4:
+            weight = mxfp4_weight(*map(tensor, self.names))
+            return weight if order is None else weight.rows(order)
+        entries = []
+        for names in self._groups(shape):
+            parts = [quantized(name) for name in names]
+            if not QuantizedWeight.can_join(parts):
+                return None
+            weight = QuantizedWeight.join(parts)
+            entries.append(weight if order is None else weight.rows(order))
+        return QuantizedWeight.stack(entries) if self.is_split else entries[0]
 
     def write(
         self, ours: Tensor, config: ModelConfig, parts: tuple[int, ...] | None

@@ -20,7 +20,16 @@ from torch import Tensor
 
 MADV_POPULATE_READ = 22  # Python does not name it
 # As safetensors spells them.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,11 +5,13 @@ known only when they run, and only their weights are read. Their meaning is
 `grouped_linear_reference`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.formats import keep_packed, packed_weight
+from quantize.packed import keep_packed, packed_weight
 
 # Where there is no grouped product, weights are gathered for up to so many rows, so many bytes of
 # them at a time.
@@ -85,23 +87,12 @@ def grouped_linear_reference(
     """The meaning of `grouped_linear`, a weight gathered for every row. Rows behind the last group
     have some result.
     """
-    groups = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
-    groups = groups.clamp(max=weight.size(0) - 1)
-    y = torch.bmm(weight[groups], x.unsqueeze(-1)).squeeze(-1)
-    return y if bias is None else y + bias[groups]
+    return _gathered(x, weight.__getitem__, bias, ends)
 
 
 def grouped_linear_on_host(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     """One product for each group that has rows; the host must know the ends."""
-    y = x.new_empty(x.size(0), weight.size(1))
-    start = 0
-    for group, end in enumerate(ends.tolist()):
-        if end > start:
-            y[start:end] = F.linear(
-                x[start:end], weight[group], None if bias is None else bias[group]
-            )
-        start = end
-    return y
+    return _on_host(x, weight.__getitem__, weight.size(1), bias, ends)
 
 
 def grouped_linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
@@ -112,15 +103,55 @@ def grouped_linear_on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, ends:
             return y
         groups = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
         return y + bias[groups.clamp(max=weight.size(0) - 1)]
+    return product_by_group(x, weight.__getitem__, weight.size(1), bias, ends)
+
+
+def product_by_group(
+    x: Tensor,
+    weight: Callable[[int | Tensor], Tensor],
+    out_features: int,
+    bias: Tensor | None,
+    ends: Tensor,
+) -> Tensor:
+    """`grouped_linear` with weights that are asked for: [N, K] of a group, or [P, N, K] of the
+    groups [P].
+    """
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if x.size(0) > MAX_GATHERED_ROWS and not capturing:
-        return grouped_linear_on_host(x, weight, bias, ends)
-    size = max(1, MAX_GATHERED_BYTES // weight[0].nbytes)
+    if not x.is_cuda or (x.size(0) > MAX_GATHERED_ROWS and not capturing):
+        return _on_host(x, weight, out_features, bias, ends)
+    size = max(1, MAX_GATHERED_BYTES // (out_features * x.size(1) * x.element_size()))
     parts = [
-        grouped_linear_reference(part, weight, bias, (ends - number * size).clamp(0, len(part)))
+        _gathered(part, weight, bias, (ends - number * size).clamp(0, len(part)))
         for number, part in enumerate(x.split(size))
     ]
     return torch.cat(parts)
+
+
+def _on_host(
+    x: Tensor,
+    weight: Callable[[int | Tensor], Tensor],
+    out_features: int,
+    bias: Tensor | None,
+    ends: Tensor,
+) -> Tensor:
+    y = x.new_empty(x.size(0), out_features)
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            group_bias = None if bias is None else bias[group]
+            y[start:end] = F.linear(x[start:end], weight(group), group_bias)
+        start = end
+    return y
+
+
+def _gathered(
+    x: Tensor, weight: Callable[[int | Tensor], Tensor], bias: Tensor | None, ends: Tensor
+) -> Tensor:
+    """A weight for every row. Rows behind the last group have some result."""
+    groups = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    groups = groups.clamp(max=len(ends) - 1)
+    y = torch.bmm(weight(groups), x.unsqueeze(-1)).squeeze(-1)
+    return y if bias is None else y + bias[groups]
 
 
 def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from story_grammar import PLOTS, tell
 from story_tale import Tale
+from story_text import SEPARATOR, calibration_text
 from story_words import BOYS, GIRLS, PETS
 from tokenizers import Tokenizer
 from train_storyteller import (
@@ -82,6 +83,10 @@ licence (Apache-2.0).
   never formed a name in training (Velmur, Aisha), are mostly changed on the way.
 - **Chat** is co-writing: the template joins all messages into one story, which the model goes on
   with.
+- **Calibration text**: `stories.txt` holds {calibration:,} more stories, with the seeds
+  `calibration N` (`python scripts/story_text.py gptfast/storyteller/stories.txt`). It is what
+  `gptfast quantize` shows a model where no better text is given; neither training nor a figure here
+  has used it.
 
 ## Samples
 
@@ -252,6 +257,7 @@ def main() -> None:
         known=share_kept(llms["storyteller"], known),
         invented=share_kept(llms["storyteller"], invented),
         overlap=overlap,
+        calibration=calibration_text().count(SEPARATOR) + 1,
         samples=samples_of(llms["storyteller"]),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

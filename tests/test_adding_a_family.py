@@ -27,9 +27,9 @@ from test_parity import (
     uncached,
 )
 
-from gptfast.checkpoint import load
 from gptfast.engine import Engine
 from gptfast.families import FAMILIES, Family, llama_line, model_config
+from gptfast.loading import load
 from gptfast.sampling import SamplingParams
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "adding-a-family.md"

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from gptfast.checkpoint import load
 from gptfast.commands import main
 from gptfast.commands.contest import ROUND_KEYS
 from gptfast.config import ModelConfig
 from gptfast.families import model_config
+from gptfast.loading import load
 from gptfast.model import Transformer
 from gptfast.shapes import (
     SHAPES,

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import GPT2, LLAMA, gpt2_tensors, llama_tensors, tiny_gpt2, tiny_llama, write_folder
 from torch import Tensor
 
-from gptfast.checkpoint import inspect, load
+from gptfast.checkpoint import inspect
+from gptfast.loading import load
 from gptfast.model import Transformer
 
 INDEX = "model.safetensors.index.json"
@@ -543,24 +544,30 @@ def test_mxfp4_experts_are_read(tmp_path: Path) -> None:
     raw = json.loads((packed / "config.json").read_text())
     raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (packed / "config.json").write_text(json.dumps(raw))
-    found, expected = load(packed, "fp32"), load(plain, "fp32")
+    found, expected = load(packed, "fp32", quant="none"), load(plain, "fp32")
     for name, parameter in expected.named_parameters():
         assert torch.equal(found.get_parameter(name), parameter), name
+    kept = load(packed, "fp32")
+    assert {form.name for form in kept.formats.values()} == {"mxfp4"}
+    for name in kept.formats:
+        assert torch.equal(
+            kept.get_submodule(name).dequantize(), expected.get_parameter(f"{name}.weight")
+        )
     del stored["model.layers.0.mlp.experts.down_proj_scales"]
     save_file(stored, packed / "model.safetensors")
     refused(packed, "missing tensors", "layers.0.mlp.experts.down_proj")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
-def test_quantized_weights_are_refused_by_name(tmp_path: Path, method: str) -> None:
-    folder = tiny_llama(tmp_path / "model", quantization_config={"quant_method": method})
-    refused(folder, repr(method), "unquantized")
+@pytest.mark.parametrize("method", ["exl2", "quark", 4, None])
+def test_quantized_weights_are_refused_by_name(tmp_path: Path, method: Any) -> None:
+    folder = tiny_llama(tmp_path / "model", quantization_config={"quant_method": method, "bits": 4})
+    refused(folder, repr(method), "gptq, awq", "unquantized")
 
 
 @pytest.mark.parametrize("settings", ["gptq", ["fp8"], 4])
 def test_quantization_that_is_no_object_is_refused(tmp_path: Path, settings: Any) -> None:
     folder = tiny_llama(tmp_path / "model", quantization_config=settings)
-    refused(folder, repr(settings), "unquantized")
+    refused(folder, repr(settings), "a JSON object is needed")
 
 
 def test_a_router_bias_stays_exact_in_half_precision(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from test_engine import (
 )
 from torch._dynamo.utils import counters
 
-from gptfast.checkpoint import load
 from gptfast.engine import Engine
 from gptfast.llm import LLM
+from gptfast.loading import load
 from gptfast.model import Transformer
 from gptfast.sampling import SamplingParams
 

@@ -16,10 +16,10 @@ from test_convert import assert_same_model, config_of, listing, refused
 from tiny import GPT2, LLAMA, gpt2_tensors, llama_tensors, write_folder
 from torch import Tensor
 
-from gptfast.checkpoint import load
 from gptfast.commands import main
 from gptfast.convert import convert
 from gptfast.engine import Engine
+from gptfast.loading import load
 from gptfast.sampling import SamplingParams
 
 KINDS = {  # Hugging Face's name of a layer's tensor -> Meta's
@@ -363,7 +363,7 @@ def test_pickles_of_other_things(tmp_path: Path) -> None:
     int8 = {name: tensor.to(torch.int8) for name, tensor in llama_tensors(LLAMA).items()}
     torch.save(int8, path)
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    refused("int8", **place)
+    refused("I8", **place)
     torch.save(int8, folder / "other.pth")
     refused("several files", "model.pth, other.pth", **place | {"source": folder})
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tiny import tiny_llama
 
-from gptfast.checkpoint import load
 from gptfast.hub import BUNDLED, DEFAULT_MODEL, find_model
+from gptfast.loading import load
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -13,13 +13,18 @@ from family_cases import CASES, cases_of, raw_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
-from gptfast.checkpoint import load
 from gptfast.commands import main
 from gptfast.commands.info import families_table, proof_selector
+from gptfast.convert import convert
 from gptfast.families import FAMILIES
+from gptfast.loading import load
+from gptfast.quantization import quant_plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-OCCASIONAL = "active_parameters experts window_layers latent_cache suggested_sampling left_out"
+OCCASIONAL = (
+    "active_parameters experts window_layers latent_cache quantized kv_cache_dtype "
+    "suggested_sampling left_out"
+)
 
 
 def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, str], Any]:
@@ -153,3 +158,21 @@ def test_the_command_of_the_table_selects_tests() -> None:
     for name in cases_of("qwen2"):
         assert any("test_greedy_text" in line and name in line for line in ids)
     assert ids and all("qwen2-" in line for line in ids)
+
+
+def test_quantized_weights_are_counted_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """32 by 64 + 32 + 96 + 48 numbers a layer in int4, a head of 96 rows in int8 with float32
+    scales, and embedding and norms in float32.
+    """
+    plain = tiny_llama(tmp_path / "plain")
+    convert(plain, tmp_path / "own", quant=quant_plan("int4", 16))
+    in_groups = 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48)
+    rest = 96 * 32 + 96 * 4 + (96 * 32 + 5 * 32) * 4
+    _, planned = info(capsys, plain, "--quant", "int4", "--group-size", "16")
+    lines, stored = info(capsys, tmp_path / "own")
+    assert planned["weights_bytes"] == stored["weights_bytes"] == in_groups * 5 // 8 + rest
+    assert planned["quantized"] is None and lines["quantized"] == "rtn, int4-g16, int8"
+    _, widened = info(capsys, tmp_path / "own", "--quant", "none")
+    assert widened["weights_bytes"] == info(capsys, plain)[1]["weights_bytes"]

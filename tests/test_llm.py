@@ -562,7 +562,7 @@ def test_dtypes_by_all_their_names(
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
         ({"device": "abacus"}, "device 'abacus' is unknown"),
         ({"device": "cuda:99"}, "is not there"),
-        ({"quant": "int4"}, "quant 'int4' is not known"),
+        ({"quant": "int5"}, "quantization 'int5' is unknown; use int8, int4"),
         ({"max_seq_len": 0}, r"max_seq_len is 0; this model allows 1 to 1024"),
         ({"max_seq_len": 1025}, r"max_seq_len is 1025; this model allows 1 to 1024"),
         ({"batch_size": 0}, r"batch size\) is 0; at least 1"),

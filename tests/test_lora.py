@@ -18,9 +18,10 @@ from test_convert import config_of, refused, stored
 from tiny import LLAMA, gpt2_tensors, llama_tensors, tiny_gpt2, tiny_llama, write_folder
 from torch import Tensor
 
-from gptfast.checkpoint import inspect, load
+from gptfast.checkpoint import inspect
 from gptfast.commands import main
 from gptfast.convert import convert
+from gptfast.loading import load
 
 RANK, ALPHA = 4, 6
 CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none"}

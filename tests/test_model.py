@@ -16,8 +16,8 @@ from tiny import LLAMA, tiny_gpt2, tiny_llama
 from torch import Tensor
 
 from gptfast.cache import KVCache
-from gptfast.checkpoint import load
 from gptfast.families import model_config
+from gptfast.loading import load
 from gptfast.model import Transformer, fused_rows
 
 LLAMA_3 = {

@@ -27,11 +27,11 @@ from test_engine import run
 from torch import Tensor
 
 from gptfast.cache import KVCache
-from gptfast.checkpoint import load
 from gptfast.config import ExpertsConfig
 from gptfast.engine import Engine
 from gptfast.experts import Experts, Router
 from gptfast.families import FAMILIES, model_config
+from gptfast.loading import load
 from gptfast.model import Transformer
 from gptfast.sampling import SamplingParams, sample
 

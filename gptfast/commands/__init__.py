@@ -20,8 +20,10 @@ COMMANDS = {
     "generate": ("gptfast.commands.generate", "complete prompts with a model"),
     "chat": ("gptfast.commands.chat", "talk with a model over several turns"),
     "bench": ("gptfast.commands.bench", "measure decoding speed, memory and bandwidth"),
+    "eval": ("gptfast.commands.eval", "measure perplexity, KL divergence from a reference, tasks"),
     "download": ("gptfast.commands.download", "fetch a Hugging Face model, only what is needed"),
     "convert": ("gptfast.commands.convert", "write a model anew: faster to load, merged, as HF"),
+    "quantize": ("gptfast.commands.quantize", "write a smaller model: round to nearest, GPTQ, AWQ"),
     "info": ("gptfast.commands.info", "show a model's facts, size and memory needs"),
 }
 EXIT_USER_ERROR = 2

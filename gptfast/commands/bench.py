@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import gptfast
-from gptfast.checkpoint import inspect, load
+from gptfast.checkpoint import inspect
 from gptfast.commands.contest import (
     Gptfast,
     Result,
@@ -31,6 +31,7 @@ from gptfast.commands.contest import (
 from gptfast.commands.options import (
     add_model_options,
     add_run_options,
+    chosen_quant,
     note,
     progress_bar,
     set_threads,
@@ -40,7 +41,9 @@ from gptfast.config import ModelConfig
 from gptfast.device import format_bytes, parse_device, parse_dtype
 from gptfast.families import model_config
 from gptfast.hub import DEFAULT_MODEL, find_model
+from gptfast.loading import check_plan, load
 from gptfast.model import Transformer
+from gptfast.quantization import QuantPlan
 from gptfast.shapes import (
     SHAPES,
     random_model,
@@ -136,25 +139,27 @@ def _subject(args: argparse.Namespace, device: torch.device) -> Iterator[_Subjec
     """A checkpoint; or random weights, made in memory, or in a folder for as long as peers want to
     read the same ones.
     """
-    asked = parse_dtype(args.dtype)
+    asked, quant = parse_dtype(args.dtype), chosen_quant(args)
     if not args.shape:
         folder = find_model(args.model, args.revision)
         source = inspect(folder)
+        check_plan(source, quant)
         dtype = asked or source.dtype
-        make = partial(load, folder, dtype, device, progress_bar)
+        make = partial(load, folder, dtype, device, progress_bar, quant)
         yield _Subject(folder.name, source.config, dtype, make, folder)
         return
     raw, dtype = shape_config(args.shape, args.num_layers), shape_dtype(asked)
     config = model_config(raw)
     name = args.shape if args.num_layers is None else f"{args.shape}, {args.num_layers} layers"
     if not args.peer:
-        make = partial(random_model, config, dtype, device)
+        plan = quant if isinstance(quant, QuantPlan) else None
+        make = partial(random_model, config, dtype, device, quant=plan)
         yield _Subject(name, config, dtype, make, None)
         return
     with tempfile.TemporaryDirectory(prefix="gptfast-bench-") as temporary:
         note(f"Writing random weights to {temporary}, for all engines to read")
         write_random_checkpoint(raw, Path(temporary), dtype)
-        make = partial(load, Path(temporary), dtype, device, progress_bar)
+        make = partial(load, Path(temporary), dtype, device, progress_bar, quant)
         yield _Subject(name, config, dtype, make, Path(temporary))
 
 
@@ -184,7 +189,8 @@ def _measure(
     idle_bytes = resident_memory(device)
     max_seq_len = args.max_seq_len or work.max_seq_len
     note(f"Model: {subject.name}, {subject.config.num_parameters:,} parameters")
-    own = partial(Gptfast, subject.load, args.batch_size, max_seq_len, args.compile)
+    size, how = (args.batch_size, max_seq_len), (args.compile, args.kv_cache_dtype)
+    own = partial(Gptfast, subject.load, *size, *how)
     results = [enter(own, work, device, idle_bytes)]
     note("Prepared gptfast")
     for build in (build for peer in args.peer for build in PEERS[peer](args.compile)):
@@ -194,7 +200,7 @@ def _measure(
     first = results[0].contestant
     assert isinstance(first, Gptfast)
     probe = partial(read_bandwidth, device)
-    hold_rounds(results, work, Traffic.of(first.model), args.rounds, probe)
+    hold_rounds(results, work, Traffic.of(first.engine), args.rounds, probe)
     return results
 
 
@@ -218,6 +224,8 @@ def _header(
         "parameters": subject.config.num_parameters,
         "active_parameters": subject.config.num_active_parameters,
         "dtype": str(subject.dtype).removeprefix("torch."),
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "quant": args.quant,
         "compile": args.compile,
         "batch_size": args.batch_size,
         "prompt_tokens": args.prompt_tokens,
@@ -235,9 +243,11 @@ def _header(
 def _table(header: dict[str, Any], figures: dict[str, dict[str, Any]]) -> list[str]:
     widths = {title: max(8, len(title)) for title in COLUMNS}
     first = max(map(len, figures))
+    cache = header["kv_cache_dtype"]
     rows = [
         f"{header['model']} ({header['weights']} weights, {header['parameters']:,} parameters), "
-        f"{header['dtype']}, {'compiled' if header['compile'] else 'eager'}",
+        f"{header['dtype']}, {'compiled' if header['compile'] else 'eager'}"
+        f"{'' if cache == 'auto' else f', keys and values {cache}'}",
         f"{header['device_name']}, {header['threads']} threads, torch {header['torch']}, "
         f"commit {header['commit']}",
         f"{header['batch_size']} x {header['new_tokens']} tokens after {header['prompt_tokens']}, "

@@ -66,10 +66,8 @@ class Traffic:
     cache_bytes_per_token: int
 
     @staticmethod
-    def of(model: Transformer) -> "Traffic":
-        element_size = model.embed.weight.element_size()
-        per_token = model.config.cache_bytes_per_token(element_size)
-        return Traffic(model.bytes_per_step, per_token)
+    def of(engine: Engine) -> "Traffic":
+        return Traffic(engine.model.bytes_per_step, engine.runner.cache.bytes_per_token)
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,17 @@ class Gptfast:
     name, version = "gptfast", __version__
 
     def __init__(
-        self, load: Callable[[], Transformer], num_rows: int, max_seq_len: int, compile: bool
+        self,
+        load: Callable[[], Transformer],
+        num_rows: int,
+        max_seq_len: int,
+        compile: bool,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         start = perf_counter()
         self.model = load()
         self.load_s = perf_counter() - start
-        self.engine = Engine(self.model, num_rows, max_seq_len, compile)
+        self.engine = Engine(self.model, num_rows, max_seq_len, compile, kv_cache_dtype)
         self.engine.runner.warm_up([_greedy(1)])
 
     @property

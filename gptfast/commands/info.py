@@ -8,19 +8,22 @@ from collections import Counter
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
+from gptfast.cache import KV_CACHE_DTYPES, cache_bytes_per_token, parse_kv_cache_dtype
 from gptfast.chat import find_template
 from gptfast.checkpoint import inspect, suggested_sampling
+from gptfast.commands.options import add_quant_options, chosen_quant
 from gptfast.config import ModelConfig, RopeConfig
 from gptfast.device import DTYPES, format_bytes, free_memory, parse_device, parse_dtype
 from gptfast.engine import check_sizes
 from gptfast.families import FAMILIES
 from gptfast.hub import DEFAULT_MODEL, find_model
+from gptfast.loading import weight_bytes
 from gptfast.tokenizer import load_tokenizer
 
 # Lines that are only printed where there is something to say.
 OCCASIONAL = (
-    "active_parameters experts window_layers latent_cache rope local_rope suggested_sampling "
-    "left_out"
+    "active_parameters experts window_layers latent_cache rope local_rope quantized kv_cache_dtype "
+    "suggested_sampling left_out"
 ).split()
 
 
@@ -30,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    add_quant_options(parser)
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=list(KV_CACHE_DTYPES))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--max-seq-len", type=int, metavar="TOKENS", help="context to plan for")
     parser.add_argument("--batch-size", type=int, default=1, metavar="ROWS")
@@ -76,9 +81,11 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     config, dtype = checkpoint.config, parse_dtype(args.dtype) or checkpoint.dtype
     check_sizes(config, args.batch_size, args.max_seq_len)
     context = args.max_seq_len or config.max_seq_len
-    weights = config.num_parameters * dtype.itemsize
-    cache = args.batch_size * context * config.cache_bytes_per_token(dtype.itemsize)
     device = parse_device(args.device)
+    weights = weight_bytes(checkpoint, dtype, device, chosen_quant(args))
+    parse_kv_cache_dtype(args.kv_cache_dtype, device)
+    per_token = cache_bytes_per_token(config, dtype, args.kv_cache_dtype)
+    cache = args.batch_size * context * per_token
     free = free_memory(device)
     tokenizer = load_tokenizer(folder)
     apart = ("model_type", "rope", "local_rope")
@@ -94,6 +101,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "rope": asdict(config.rope) if config.rope else None,
         "local_rope": asdict(config.local_rope) if config.local_rope else None,
         "dtype": str(dtype).removeprefix("torch."),
+        "quantized": checkpoint.quantized_as or None,
+        "kv_cache_dtype": None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
         "tokenizer": f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens"
         if tokenizer
         else None,

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from tqdm import tqdm
 
 from gptfast import __version__
+from gptfast.cache import KV_CACHE_DTYPES
 from gptfast.device import DTYPES
 from gptfast.hub import DEFAULT_MODEL
 from gptfast.llm import LLM
+from gptfast.quantization import PLAIN, QuantPlan, quant_plan
 from gptfast.sampling import SamplingParams
 
 
@@ -32,8 +35,32 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", *DTYPES],
         help="of weights and cache; default: what the checkpoint says",
     )
+    add_quant_options(group)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--version", action="version", version=f"gptfast {__version__}")
+
+
+def add_quant_options(group: Any) -> None:
+    """To a parser, or a group of one."""
+    group.add_argument(
+        "--quant",
+        metavar="FORMAT",
+        help="round the weights while loading: int8, int4 (groups of 32, head in int8), "
+        "int4-g64-asym, int8-dynamic, int4-dynamic (8-bit activations too), fp8; none: plain "
+        "numbers of a quantized checkpoint",
+    )
+    group.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale")
+    group.add_argument("--quant-head", metavar="FORMAT", help="of the head; default: int8; or none")
+    group.add_argument(
+        "--quant-embedding", metavar="FORMAT", help="of the embedding; default: none"
+    )
+    group.add_argument(
+        "--quant-exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help='parts that stay plain: "blocks.0.*", "mlp.down"; may be given several times',
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +71,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="TOKENS",
         help="prompt and output tokens of a row; default: the model's context, if memory allows",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=list(KV_CACHE_DTYPES),
+        help="what keys and values are stored as, int8 and fp8 with a scale for each head and "
+        "position; default: as --dtype says",
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
 
@@ -110,6 +144,16 @@ def set_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
+def chosen_quant(args: argparse.Namespace) -> QuantPlan | str | None:
+    """What the options say of quantization; ValueError for details of none."""
+    details = (args.group_size, args.quant_head, args.quant_embedding, args.quant_exclude or None)
+    if args.quant in (None, PLAIN):
+        if any(detail is not None for detail in details):
+            raise ValueError("--group-size and --quant-... are details of --quant; give it too")
+        return args.quant
+    return quant_plan(args.quant, *details[:3], exclude=args.quant_exclude)
+
+
 def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
     """The model that the options ask for."""
     set_threads(args)
@@ -117,6 +161,8 @@ def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
         args.model,
         device=args.device,
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        quant=chosen_quant(args),
         compile=args.compile,
         max_seq_len=args.max_seq_len,
         batch_size=batch_size,
@@ -130,10 +176,16 @@ def note_loaded(args: argparse.Namespace, llm: LLM) -> None:
     were given first: an error stands alone.
     """
     config, context = llm.config, llm.engine.max_seq_len
+    formats = Counter(form.name for form in llm.model.formats.values()).most_common()
+    kinds = [str(llm.model.dtype).removeprefix("torch."), *(name for name, _ in formats)]
     note(
         f"Loaded {llm.folder.name}: {config.num_parameters:,} parameters, "
-        f"{str(llm.model.embed.weight.dtype).removeprefix('torch.')} on {llm.engine.device}"
+        f"{', '.join(kinds)} on {llm.engine.device}"
     )
+    if args.kv_cache_dtype != "auto":
+        note(f"Keys and values are stored as {args.kv_cache_dtype}")
+    for line in llm.notes:
+        note(line)
     if llm.left_out:
         note(f"Left out, because it is no language model: {llm.left_out}")
     note(f"Time to load model: {llm.load_s:.2f} seconds")

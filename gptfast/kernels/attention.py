@@ -6,21 +6,28 @@ the host at every call, without a recompilation. Its meaning is `attention_refer
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptfast.kernels.rounding import restore, widen
+
 # Scores, or numbers of a mask, that are held at a time; longer prompts are read in parts.
 MAX_SCORES = 1 << 24
+# Up to so many tokens, numbers of eight bits are multiplied as they are and scales go to scores and
+# weights; beyond, the slots are restored for the fused attention. In bfloat16 with 4000 slots of 8
+# heads of 128 (one thread) that is 1.6 and 6.5 ms for 1 token, 8 and 18 for 16, 59 and 53 for 64.
+MAX_TOKENS_UNRESTORED = 16
 
 # Not `custom_op`: that costs 14 us a call beside 2.5, and the first one imports the compiler (1 s).
 torch.library.define(
     "gptfast::attention",
     "(Tensor q, Tensor keys, Tensor values, Tensor positions, Tensor? bound=None, "
     "float? scale=None, int? window=None, float? softcap=None, Tensor? sinks=None, "
-    "Tensor? slopes=None) -> Tensor",
+    "Tensor? slopes=None, Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor",
 )
 
 
@@ -35,6 +42,8 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """q [B, T, H, D], keys [B, H_kv, S + 1, D], values [B, H_kv, S + 1, E], positions [B, T]
     -> [B, T, H, E].
@@ -47,9 +56,24 @@ def attention(
     Scores are `scale` (None: 1/sqrt(D)) times query times key; softcap c makes a score s
     c * tanh(s / c) (Gemma 2, 2408.00118); `slopes` [H] times the distance is taken off (ALiBi,
     2108.12409); `sinks` [H] are scores of a key that has no value (gpt-oss).
+
+    Keys and values of eight bits a number (rounding.py) come with `key_scales` and `value_scales`
+    [B, H_kv, S + 1, 1]; key scales [B, H_kv, S + 1, 2] are those of the first E numbers and of the
+    others.
     """
     return torch.ops.gptfast.attention.default(
-        q, keys, values, positions, bound, scale, window, softcap, sinks, slopes
+        q,
+        keys,
+        values,
+        positions,
+        bound,
+        scale,
+        window,
+        softcap,
+        sinks,
+        slopes,
+        key_scales,
+        value_scales,
     )
 
 
@@ -68,11 +92,16 @@ def attention_reference(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """The meaning of `attention`: softmax in float32 over all slots, those that a token does not
     see masked out.
     """
     num_slots, group = keys.size(2) - 1, q.size(2) // keys.size(1)
+    if key_scales is not None and value_scales is not None:
+        keys = restore(keys, key_scales, torch.float32, values.size(-1))
+        values = restore(values, value_scales, torch.float32, values.size(-1))
     k, v = (t[:, :, :num_slots].float().repeat_interleave(group, dim=1) for t in (keys, values))
     scale = q.size(-1) ** -0.5 if scale is None else scale
     scores = q.transpose(1, 2).float() @ k.transpose(-1, -2) * scale  # [B, H, T, S]
@@ -117,18 +146,51 @@ class _Scoring:
         return self.softcap is None and self.sinks is None and self.slopes is None
 
 
+@dataclass(frozen=True)
+class _Slots:
+    """The cache as `attention` says, or some of its slots."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    def part(self, used: slice) -> "_Slots":
+        scales = (self.key_scales, self.value_scales)
+        return _Slots(
+            self.keys[:, :, used],
+            self.values[:, :, used],
+            *(None if tensor is None else tensor[:, :, used] for tensor in scales),
+        )
+
+    def restored(self, dtype: torch.dtype) -> "_Slots":
+        """Without scales."""
+        if self.key_scales is None or self.value_scales is None:
+            return self
+        width = self.values.size(-1)
+        return _Slots(
+            restore(self.keys, self.key_scales, dtype, width),
+            restore(self.values, self.value_scales, dtype, width),
+        )
+
+
 def attention_on_any_device(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
     bound: Tensor | None = None,
-    *scoring: Any,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    *scales: Tensor | None,
 ) -> Tensor:
     """`attention` for devices without a kernel of their own."""
-    num_slots = keys.size(2) - 1
+    num_slots, how = keys.size(2) - 1, _Scoring(scale, window, softcap, sinks, slopes)
     num_used = num_slots if bound is None else min(int(bound), num_slots)
-    return _attend(q, keys, values, positions, slice(0, num_used), _Scoring(*scoring))
+    return _attend(q, _Slots(keys, values, *scales), positions, slice(0, num_used), how)
 
 
 def attention_on_cpu(
@@ -137,76 +199,81 @@ def attention_on_cpu(
     values: Tensor,
     positions: Tensor,
     bound: Tensor | None = None,
-    *scoring: Any,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    *scales: Tensor | None,
 ) -> Tensor:
     """On a CPU the positions themselves say which slots are used."""
-    num_slots, how = keys.size(2) - 1, _Scoring(*scoring)
-    host = positions.tolist()
+    num_slots, how = keys.size(2) - 1, _Scoring(scale, window, softcap, sinks, slopes)
+    host, cache = positions.tolist(), _Slots(keys, values, *scales)
     used = [p for row in host for p in row if p < num_slots] or [0]
     first = 0 if how.window is None else max(0, min(used) - how.window + 1)
     slots = slice(first, max(used) + 1)
     if host == [used] and len(used) == 1:  # one token of one row sees all of them: no mask
-        return _attend(q, keys, values, None, slots, how)
-    return _attend(q, keys, values, positions, slots, how)
+        return _attend(q, cache, None, slots, how)
+    return _attend(q, cache, positions, slots, how)
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, used: slice, how: _Scoring
+    q: Tensor, cache: _Slots, positions: Tensor | None, used: slice, how: _Scoring
 ) -> Tensor:
     """Attention over the slots `used`, query heads grouped under their key/value head, which is not
     repeated. `positions` None: one row's one token, at the last of the slots.
     """
-    num_slots = keys.size(2) - 1
-    keys, values = keys[:, :, used], values[:, :, used]
+    num_slots, cache = cache.keys.size(2) - 1, cache.part(used)
     slots = torch.arange(used.start, used.stop, device=q.device)
     if positions is None:
         positions = slots[-1:].view(1, 1)
         seen = None
     else:
         seen = _seen(positions, slots, num_slots, how.window)  # [B, T, used]
-    is_fused = how.is_plain and keys.size(-1) == values.size(-1)
+    # In float16 products of whole numbers would overflow.
+    if q.size(1) > MAX_TOKENS_UNRESTORED or q.dtype == torch.float16:
+        cache = cache.restored(q.dtype)
+    num_kv_heads, has_scales = cache.keys.size(1), cache.key_scales is not None
+    is_fused = how.is_plain and q.size(-1) == cache.values.size(-1) and not has_scales
     # Of each token either a mask for the query heads of a group or scores for all heads are held.
-    held = q.size(0) * (q.size(2) // keys.size(1) if is_fused else q.size(2)) * len(slots)
+    held = q.size(0) * (q.size(2) // num_kv_heads if is_fused else q.size(2)) * len(slots)
     size = max(1, MAX_SCORES // held)
     parts = []
     for part in (slice(i, i + size) for i in range(0, q.size(1), size)):
         seen_here = None if seen is None else seen[:, part]
         if is_fused:
-            parts.append(_attend_fused(q[:, part], keys, values, seen_here, how.scale))
+            parts.append(_attend_fused(q[:, part], cache, seen_here, how.scale))
         else:
-            inputs = (q[:, part], keys, values, positions[:, part], slots, seen_here)
+            inputs = (q[:, part], cache, positions[:, part], slots, seen_here)
             parts.append(_attend_explicitly(*inputs, how))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def _attend_fused(
-    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float | None
-) -> Tensor:
+def _attend_fused(q: Tensor, cache: _Slots, seen: Tensor | None, scale: float | None) -> Tensor:
     """PyTorch's flash attention."""
-    grouped = _group(q, keys.size(1))  # [B, H_kv, G, T, D]
+    grouped = _group(q, cache.keys.size(1))  # [B, H_kv, G, T, D]
     if seen is not None:
         group = grouped.size(2)
         seen = seen.unsqueeze(1).expand(-1, group, -1, -1).flatten(1, 2).unsqueeze(1)
     y = F.scaled_dot_product_attention(
-        grouped.flatten(2, 3), keys, values, attn_mask=seen, scale=scale
+        grouped.flatten(2, 3), cache.keys, cache.values, attn_mask=seen, scale=scale
     )
     return _ungroup(y.unflatten(2, grouped.shape[2:4]))
 
 
 def _attend_explicitly(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: _Slots,
     positions: Tensor,
     slots: Tensor,
     seen: Tensor | None,
     how: _Scoring,
 ) -> Tensor:
     """The definition, with all scores in memory."""
-    grouped = _group(q, keys.size(1))  # [B, H_kv, G, T, D]
+    grouped = _group(q, cache.keys.size(1))  # [B, H_kv, G, T, D]
     shape = (*grouped.shape[:4], len(slots))  # of scores, by key/value head and query head
-    scores = (grouped.flatten(2, 3) @ keys.transpose(-1, -2)).float().view(shape)
-    scores = scores * (q.size(-1) ** -0.5 if how.scale is None else how.scale)
+    scale = q.size(-1) ** -0.5 if how.scale is None else how.scale
+    scores = _scaled_products(grouped.flatten(2, 3), cache, scale).view(shape)
     if how.softcap is not None:
         scores = how.softcap * (scores / how.softcap).tanh()
     if how.slopes is not None:
@@ -220,8 +287,27 @@ def _attend_explicitly(
         weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    y = weights.to(values.dtype).flatten(2, 3) @ values
+    weights = weights.flatten(2, 3)
+    if cache.value_scales is not None:
+        weights = weights * cache.value_scales.transpose(-1, -2)
+    y = weights.to(q.dtype) @ widen(cache.values, q.dtype)
     return _ungroup(y.unflatten(2, shape[2:4]))
+
+
+def _scaled_products(q: Tensor, cache: _Slots, scale: float) -> Tensor:
+    """`scale` times queries [B, H_kv, N, D] times keys -> float32 [B, H_kv, N, used]."""
+    if cache.key_scales is None:
+        return (q @ cache.keys.transpose(-1, -2)).float() * scale
+    widths = [cache.values.size(-1), cache.keys.size(-1) - cache.values.size(-1)]
+    if cache.key_scales.size(-1) == 1:
+        widths = [cache.keys.size(-1)]
+    parts = (tensor.split(widths, dim=-1) for tensor in (q, widen(cache.keys, q.dtype)))
+    scales = (cache.key_scales * scale).transpose(-1, -2).split(1, dim=2)  # [B, H_kv, 1, used]
+    products = (
+        (queries @ keys.transpose(-1, -2)).float() * key_scale
+        for queries, keys, key_scale in zip(*parts, scales, strict=True)
+    )
+    return reduce(torch.add, products)
 
 
 def _group(q: Tensor, num_kv_heads: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Fast products with quantized weights, each beside the plain PyTorch function it must equal."""

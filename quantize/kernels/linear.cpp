@@ -1,0 +1,146 @@
+// The ops of quantize/kernels/cpu.py, which says what they mean, for the CPU.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string>
+
+#include "kernels.h"
+
+namespace {
+
+using at::Tensor;
+using packed::Number;
+using packed::Weight;
+using Maybe = std::optional<Tensor>;
+
+constexpr int64_t BLOCK_BYTES = 4 << 20;  // of dequantized weights at a time
+
+Number number(at::ScalarType type) {
+  if (type == at::kBFloat16) return Number::bfloat16;
+  return type == at::kHalf ? Number::float16 : Number::float32;
+}
+
+// `format` is a name of quantize/formats.py.
+Weight packed_weight(const Tensor& values, const Tensor& scales, const Maybe& zeros,
+                     const std::string& format, int64_t num_rows, int64_t num_columns) {
+  Weight w{};
+  w.mxfp4 = format.rfind("mxfp4", 0) == 0;
+  w.nibbles = format.rfind("int8", 0) != 0;
+  w.dynamic = format.find("-dynamic") != std::string::npos;
+  w.values = values.const_data_ptr<uint8_t>();
+  w.scales = static_cast<const char*>(scales.const_data_ptr());
+  w.zeros = zeros ? static_cast<const char*>(zeros->const_data_ptr()) : nullptr;
+  w.scale_type = number(scales.scalar_type());
+  w.num_rows = num_rows;
+  w.num_columns = num_columns;
+  w.num_tiles = values.size(-3);
+  w.num_chunks = values.size(-2);
+  w.num_groups = scales.size(-2);
+  const int64_t per_chunk = w.nibbles ? 8 : 4;
+  TORCH_CHECK_VALUE((num_columns + per_chunk - 1) / per_chunk == w.num_chunks, "x has ",
+                    num_columns, " columns; the packed weight has ", w.num_chunks, " times ",
+                    per_chunk);
+  const auto at = format.find("-g");
+  w.group_size = w.mxfp4                     ? 32
+                 : at == std::string::npos ? w.num_chunks * per_chunk
+                                           : std::stoll(format.substr(at + 2));
+  return w;
+}
+
+void parallel(int64_t count, const packed::Body& body) { at::parallel_for(0, count, 1, body); }
+
+// y [M, N] = x [M, K] times the weight, dequantized a block at a time.
+void multiply_many(const Tensor& x, const Weight& w, const Tensor& y) {
+  const int64_t tile_bytes = w.num_columns * packed::TILE * x.element_size();
+  const int64_t tiles = std::min(std::max<int64_t>(BLOCK_BYTES / tile_bytes, 4), w.num_tiles);
+  const Tensor buffer = at::empty({tiles * packed::TILE * w.num_columns}, x.options());
+  for (int64_t first = 0; first < w.num_tiles; first += tiles) {
+    const int64_t last = std::min(first + tiles, w.num_tiles), start = first * packed::TILE;
+    packed::dequantize(w, number(x.scalar_type()), first, last, buffer.mutable_data_ptr(),
+                       parallel);
+    const int64_t rows = (last - first) * packed::TILE;
+    const int64_t used = std::min(rows, w.num_rows - start);
+    const Tensor block = buffer.narrow(0, 0, rows * w.num_columns).view({w.num_columns, rows});
+    Tensor part = y.narrow(1, start, used);
+    at::mm_out(part, x, block.narrow(1, 0, used));
+  }
+}
+
+// x [M, K] and y [M, N], contiguous.
+void multiply(const Tensor& x, const Weight& w, const Maybe& bias, Tensor y) {
+  if (x.size(0) == 0 || w.num_rows == 0) return;
+  if (x.size(0) > packed::MAX_DIRECT_ROWS) {
+    if (w.dynamic) {
+      const Tensor wide = x.to(at::kFloat);
+      const Tensor scale = wide.abs().amax({-1}, true).clamp_min(1e-30).div(127);
+      multiply_many(wide.div(scale).round_().to(x.scalar_type()), w, y);
+      y.mul_(scale);
+    } else {
+      multiply_many(x, w, y);
+    }
+    if (bias) y.add_(*bias);
+    return;
+  }
+  Maybe wide;
+  if (bias) wide = bias->to(at::kFloat).contiguous();
+  packed::multiply(w, number(x.scalar_type()), x.const_data_ptr(), x.size(0),
+                   wide ? wide->const_data_ptr<float>() : nullptr, y.mutable_data_ptr(),
+                   at::get_num_threads(), parallel);
+}
+
+bool is_direct(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat;
+}
+
+Tensor linear(const Tensor& x, const Tensor& values, const Tensor& scales, const Maybe& zeros,
+              const Maybe& bias, int64_t out_features, std::string format) {
+  if (!is_direct(x)) {
+    const Tensor wide = x.to(at::kFloat);
+    return linear(wide, values, scales, zeros, bias, out_features, format).to(x.scalar_type());
+  }
+  const Weight w = packed_weight(values, scales, zeros, format, out_features, x.size(-1));
+  auto shape = x.sizes().vec();
+  shape.back() = out_features;
+  const Tensor y = at::empty(shape, x.options());
+  multiply(x.reshape({-1, x.size(-1)}).contiguous(), w, bias, y.view({-1, out_features}));
+  return y;
+}
+
+Tensor grouped_linear(const Tensor& x, const Tensor& values, const Tensor& scales,
+                      const Maybe& zeros, const Maybe& bias, const Tensor& ends,
+                      int64_t out_features, std::string format) {
+  if (!is_direct(x)) {
+    const Tensor wide = x.to(at::kFloat);
+    return grouped_linear(wide, values, scales, zeros, bias, ends, out_features, format)
+        .to(x.scalar_type());
+  }
+  Weight w = packed_weight(values, scales, zeros, format, out_features, x.size(-1));
+  const int64_t value_bytes = w.num_tiles * w.num_chunks * packed::CHUNK_BYTES;
+  const int64_t scale_bytes = w.num_tiles * w.num_groups * packed::TILE * w.scale_bytes();
+  const Tensor rows = x.contiguous(), stops = ends.to(at::kLong).contiguous();
+  const Tensor y = at::empty({x.size(0), out_features}, x.options());
+  int64_t start = 0;
+  for (int64_t group = 0; group < stops.numel(); ++group) {
+    const int64_t stop = std::min(stops.const_data_ptr<int64_t>()[group], x.size(0));
+    if (stop > start) {
+      const Maybe of_group = bias ? Maybe(bias->select(0, group)) : std::nullopt;
+      multiply(rows.narrow(0, start, stop - start), w, of_group, y.narrow(0, start, stop - start));
+      start = stop;
+    }
+    w.values += value_bytes;
+    w.scales += scale_bytes;
+    if (w.zeros) w.zeros += scale_bytes;
+  }
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(quantize, CPU, m) {
+  m.impl("packed_quantized_linear", linear);
+  m.impl("packed_quantized_grouped_linear", grouped_linear);
+}
