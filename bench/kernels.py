@@ -4,14 +4,16 @@ memory gives in the same second.
     python bench/kernels.py --threads 2 --rows 1,2,4,8,16
 
 Every case has as many copies of its weight as the caches cannot hold, used in turn; all cases take
-turns in every round, with a probe of the memory before and after each. `--prefill N` measures N
-rows against the 16-bit linear instead. Ends with one JSON line.
+turns in every round, with a probe of the memory before and after each. Of the calls of a round the
+fast tenth counts, of the probe as well: who else uses the machine only ever adds time. `--prefill`
+measures that many rows, in milliseconds. Ends with one JSON line.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -20,11 +22,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptfast.commands.bench import commit, device_name
 from gptfast.device import parse_dtype
-from gptfast.stats import read_bandwidth
 from quantize.formats import Format, QuantizedWeight, quantized_weight
 from quantize.kernels.build import LINEAR
 from quantize.kernels.cpu import PackedQuantizedLinear
@@ -80,12 +81,12 @@ def copies(name: str, num_rows: int, num_columns: int, dtype: torch.dtype) -> li
     """Enough linears of a format that the caches hold none of them until it is used again."""
 
     def one() -> nn.Module:
-        if name == "bf16":
-            plain = nn.Linear(num_columns, num_rows, bias=False, dtype=dtype)
-            return PackedLinear(plain) if dtype == torch.bfloat16 else plain
-        return PackedQuantizedLinear(weight)
+        if weight is not None:
+            return PackedQuantizedLinear(weight)
+        plain = nn.Linear(num_columns, num_rows, bias=False, dtype=dtype)
+        return PackedLinear(plain) if dtype == torch.bfloat16 else plain
 
-    weight = random_weight(name, num_rows, num_columns) if name != "bf16" else None
+    weight = None if name == "bf16" else random_weight(name, num_rows, num_columns)
     first = one()
     return [first, *(one() for _ in range(CACHE_BYTES // weight_bytes(first)))]
 
@@ -102,7 +103,10 @@ def random_weight(name: str, num_rows: int, num_columns: int) -> QuantizedWeight
 
 
 def weight_bytes(linear: nn.Module) -> int:
-    return linear.weight.nbytes if isinstance(linear, nn.Linear) else int(linear.weight_bytes)
+    if isinstance(linear, nn.Linear):
+        return linear.weight.nbytes
+    assert isinstance(linear, PackedLinear | PackedQuantizedLinear)
+    return linear.weight_bytes
 
 
 def measure(
@@ -113,14 +117,19 @@ def measure(
     rounds: int,
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Medians of the rounds; the first is not measured."""
+    memory = list(torch.ones(1 << 25, dtype=torch.int64).split(1 << 21))
+
+    def bandwidth() -> float:
+        return memory[0].nbytes / fast_tenth([partial(torch.sum, part) for part in memory])
+
     inputs = {count: torch.randn(count, num_columns).to(dtype) for count in counts}
     turns: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    before = read_bandwidth(CPU, 0.05)
+    before = bandwidth()
     for number in range(rounds + 1):
         for name, linears in cases.items():
             for count, x in inputs.items():
-                seconds = seconds_each(linears, x)
-                after = read_bandwidth(CPU, 0.05)
+                seconds = fast_tenth([partial(linear, x) for linear in linears])
+                after = bandwidth()
                 if number:
                     turns.setdefault((name, count), []).append((seconds, (before + after) / 2))
                 before = after
@@ -135,12 +144,15 @@ def measure(
     return figures
 
 
-def seconds_each(linears: list[Callable[[Tensor], Tensor]] | list[nn.Module], x: Tensor) -> float:
-    """One pass over all copies, in seconds a linear."""
-    start = perf_counter()
-    for linear in linears:
-        linear(x)
-    return (perf_counter() - start) / len(linears)
+def fast_tenth(calls: list[Callable[[], Any]]) -> float:
+    """Seconds that the fast tenth of the calls keeps within; at least 20 calls are made."""
+    times = []
+    for _ in range(max(1, -(-20 // len(calls)))):
+        for call in calls:
+            start = perf_counter()
+            call()
+            times.append(perf_counter() - start)
+    return sorted(times)[len(times) // 10]
 
 
 def show(name: str, figures: list[dict[str, Any]], is_prefill: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gptfast.checkpoint import Progress
 from gptfast.folding import Fold, apply_fold, find_folds
-from gptfast.model import Block, Transformer
+from gptfast.model import PACKED, Block, Transformer
 from gptfast.quantization import QuantPlan, put_quantized
 from gptfast.walk import Walk, stages
 from quantize.awq import search_input_scales
@@ -68,6 +68,8 @@ def quantize_model(
     """Quantizes a model of plain weights in place, from sequences `ids` [S, T]. `progress` may wrap
     the sequence of blocks; `note` hears what did not go as planned.
     """
+    if any(isinstance(module, PACKED) for module in model.modules()):
+        raise ValueError("the model's weights are packed for the CPU; quantize them before that")
     formats = plan.formats(model)
     for form in formats.values():
         method.check(form)
@@ -90,16 +92,15 @@ def of_block(formats: Mapping[str, Format], layer: int) -> dict[str, Format]:
 
 
 def quantize_ends(walk: Walk, formats: Mapping[str, Format], method: Method) -> Weights:
-    """Head and embedding, where they have a format."""
-    found, model = {}, walk.model
+    """Head and embedding, where they have a format. A head of 8 bits and an embedding are rounded
+    each by itself: there is next to nothing to gain.
+    """
+    found, model = Weights(), walk.model
     if (form := formats.get("head")) is not None:
-        calibrates = form.bits < 8
-        weight = model.head.weight
-        found["head"] = (
-            method.quantize_head(walk, form)
-            if calibrates
-            else round_to_nearest(weight, form, name="head.weight")
-        )
+        if form.bits < 8:
+            found["head"] = method.quantize_head(walk, form)
+        else:
+            found["head"] = round_to_nearest(model.head.weight, form, name="head.weight")
     if (form := formats.get("embed")) is not None:
         found["embed"] = round_to_nearest(model.embed.weight, form, name="embed.weight")
     return found
@@ -148,10 +149,7 @@ class Gptq:
         return found
 
     def quantize_head(self, walk: Walk, form: Format) -> QuantizedWeight:
-        seen = HessianSum(walk.model.config.dim)
-        for x in walk.hidden:
-            seen.add(walk.model.norm(x))
-        return self._weight(walk.model.head.weight, seen, form, "head")
+        return self._weight(walk.model.head.weight, _of_head(walk).each[0], form, "head")
 
     def _find(
         self, linear: nn.Module, form: Format, seen: "_Sums", tell: str, note: Note
@@ -159,14 +157,13 @@ class Gptq:
         weight = linear.get_parameter("weight")
         if weight.dim() == 2:
             return self._weight(weight, seen.each[0], form, tell)
-        enough = [num_rows >= MIN_ROWS for num_rows in seen.num_rows]
-        _note_unseen(enough, tell, note)
+        _note_unseen(seen.are_enough, tell, note)
         return QuantizedWeight.stack(
             [
                 self._weight(one, each, form, tell)
                 if is_enough
                 else round_to_nearest(one, form, name=f"{tell}.weight")
-                for one, each, is_enough in zip(weight, seen.each, enough, strict=True)
+                for one, each, is_enough in zip(weight, seen.each, seen.are_enough, strict=True)
             ]
         )
 
@@ -205,6 +202,8 @@ class Awq:
         found: Weights = {}
         for name, form in formats.items():
             linear = block.get_submodule(name)
+            if len(seen[name].each) > 1:
+                _note_unseen(seen[name].are_enough, f"blocks.{layer}.{name}", note)
             found[name] = _rounded(linear, form, seen[name], scales.get(name))
             put_numbers(linear, found[name], dtype)
         return found
@@ -241,10 +240,10 @@ class Awq:
             [stacked], sums = weights, seen[wanted[0]]
             scale = torch.stack(
                 [
-                    _searched([one], each, form, None)
-                    if count >= MIN_ROWS
-                    else torch.ones_like(one[0])
-                    for one, each, count in zip(stacked, sums.each, sums.num_rows, strict=True)
+                    _searched([one], each, form, None) if is_enough else torch.ones_like(one[0])
+                    for one, each, is_enough in zip(
+                        stacked, sums.each, sums.are_enough, strict=True
+                    )
                 ]
             )
         else:
@@ -257,11 +256,7 @@ class Awq:
         return scale
 
     def quantize_head(self, walk: Walk, form: Format) -> QuantizedWeight:
-        head = walk.model.head
-        seen = _Sums.of(head)
-        for x in walk.hidden:
-            seen.add(walk.model.norm(x))
-        return _rounded(head, form, seen, None)
+        return _rounded(walk.model.head, form, _of_head(walk), None)
 
 
 def _searched(
@@ -279,20 +274,42 @@ def _widen(linear: nn.Module) -> None:
 def _rounded(
     linear: nn.Module, form: Format, seen: "_Sums", scale: Tensor | None
 ) -> QuantizedWeight:
-    """Rounded to nearest, where errors count by the mean square of what they meet; the inputs are
-    those seen, divided by `scale`.
-    """
+    """Rounded to nearest; the inputs are those seen, divided by `scale`."""
     weight = linear.get_parameter("weight")
     entries = weight if weight.dim() == 3 else weight.unsqueeze(0)
     each_has_own = scale is not None and scale.dim() == 2
     divisors = list(scale) if scale is not None and each_has_own else [scale] * len(entries)
     found = []
-    for one, each, divisor, count in zip(entries, seen.each, divisors, seen.num_rows, strict=True):
-        importance = each.mean_square if count >= MIN_ROWS else None
-        if importance is not None and divisor is not None:
-            importance = importance / divisor.square()
-        found.append(round_to_nearest(one, form, importance=importance))
+    for one, each, divisor, is_enough in zip(
+        entries, seen.each, divisors, seen.are_enough, strict=True
+    ):
+        if not is_enough:
+            found.append(round_to_nearest(one, form))
+            continue
+        hessian = each.hessian
+        if divisor is not None:
+            hessian = hessian / divisor / divisor.unsqueeze(1)
+        found.append(_rounded_by_row(one, hessian, form))
     return QuantizedWeight.stack(found) if weight.dim() == 3 else found[0]
+
+
+def _rounded_by_row(weight: Tensor, hessian: Tensor, form: Format) -> QuantizedWeight:
+    """Each row with the scales of least error, or with those of least error where columns count by
+    the mean square of their input: whichever serves its output better. (KL divergence of a small
+    Llama at 4 bits, no channel scaled: 0.093 and 0.088, by the better of both 0.085.)
+    """
+    plain = round_to_nearest(weight, form)
+    weighed = round_to_nearest(weight, form, importance=hessian.diagonal())
+
+    def errors(stored: QuantizedWeight) -> Tensor:
+        wrong = stored.dequantize() - weight
+        return torch.linalg.vecdot(wrong @ hessian, wrong)  # [N]
+
+    rows = (errors(weighed) < errors(plain)).nonzero().squeeze(1)
+    for part, other in zip(plain.tensors.values(), weighed.tensors.values(), strict=True):
+        # As bytes: not all that can be done with numbers can be done with 8-bit floats.
+        part.view(torch.uint8)[rows] = other.view(torch.uint8)[rows]
+    return plain
 
 
 class _Sums:
@@ -308,8 +325,10 @@ class _Sums:
         return _Sums(width, *experts)
 
     @property
-    def num_rows(self) -> list[int]:
-        return [each.num_rows for each in self.each]
+    def are_enough(self) -> list[bool]:
+        """Whether an expert saw a sample of its inputs; a single linear saw what there is."""
+        least = MIN_ROWS if len(self.each) > 1 else 1
+        return [each.num_rows >= least for each in self.each]
 
     def add(self, x: Tensor, ends: Tensor | None = None) -> None:
         """The arguments of a linear, or of a grouped one."""
@@ -319,6 +338,13 @@ class _Sums:
             if end > start:
                 self.each[index].add(rows[start:end])
             start = end
+
+
+def _of_head(walk: Walk) -> _Sums:
+    seen = _Sums(walk.model.config.dim)
+    for x in walk.hidden:
+        seen.add(walk.model.norm(x))
+    return seen
 
 
 def _block(walk: Walk, layer: int) -> Block:

@@ -83,7 +83,8 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         """Whether any weights are, those that have no format here included."""
-        return bool(self.formats) or isinstance(self.tensors, QuantizedFiles)
+        files = self.tensors
+        return bool(self.formats or (isinstance(files, QuantizedFiles) and files.formats))
 
     @property
     def quantized_as(self) -> str:
@@ -100,8 +101,7 @@ def inspect(folder: Path) -> Checkpoint:
     config, raw = read_config(folder)
     tensors: Tensors = TensorFiles(folder)
     settings = quantization_settings(folder, {**raw, **language_part(raw)})
-    # MXFP4 has a place among the sources of its family.
-    if settings is not None and settings.get("quant_method") not in (QUANT_METHOD, "mxfp4"):
+    if settings is not None and settings.get("quant_method") != QUANT_METHOD:
         tensors = quantized_files(TensorFiles(folder), settings)
     return match(config, raw, tensors)
 

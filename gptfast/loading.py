@@ -169,23 +169,15 @@ def read_parameters(
 
 def read_stored(source: Checkpoint, module: str, shape: tuple[int, ...]) -> QuantizedWeight | None:
     """A weight as it is stored; None where its parts turn out to have no form in common."""
-    files = source.tensors
+    files, place = source.tensors, source.sources[f"{module}.weight"]
+    if isinstance(files, QuantizedFiles) and not place.mxfp4:
+        with files.quantized_reader() as quantized:
+            return place.read_quantized(shape, source.config, quantized)
     with files.reader() as read:
-        if source.is_own:
-            try:
-                return read_weight(
-                    module,
-                    source.formats[module],
-                    shape[-1],
-                    order_name(module) in files.names,
-                    read,
-                )
-            except ValueError as error:
-                raise ValueError(f"{source.folder}: {error}") from None
-        quantized = files.quantized if isinstance(files, QuantizedFiles) else _no_quantized
-        place = source.sources[f"{module}.weight"]
-        return place.read_quantized(shape, source.config, read, quantized)
-
-
-def _no_quantized(name: str) -> QuantizedWeight:
-    raise AssertionError(name)
+        if place.mxfp4:
+            return place.read_mxfp4(source.config, read)
+        form, has_order = source.formats[module], order_name(module) in files.names
+        try:
+            return read_weight(module, form, shape[-1], has_order, read)
+        except ValueError as error:
+            raise ValueError(f"{source.folder}: {error}") from None

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gptfast.config import ModelConfig
-from quantize.formats import QuantizedWeight, mxfp4_weight
+from quantize.formats import QuantizedWeight
 from quantize.mxfp4 import dequantize_mxfp4
+from quantize.readers import mxfp4_weight
 
 Order = Callable[[ModelConfig], Tensor]
 
@@ -92,18 +93,12 @@ class Source:
         self,
         shape: tuple[int, ...],
         config: ModelConfig,
-        tensor: Callable[[str], Tensor],
         quantized: Callable[[str], QuantizedWeight],
     ) -> QuantizedWeight | None:
-        """The stored form of a weight of `shape`, where its parts have one in common.
-
-        `quantized` gives that of a part by name, rows first whatever `transposed` says of plain
-        ones.
+        """The stored form of a weight of `shape`, of which `quantized` gives the parts by name;
+        None where they have no form in common.
         """
         order = None if self.order is None else self.order(config)
-        if self.mxfp4:
-            weight = mxfp4_weight(*map(tensor, self.names))
-            return weight if order is None else weight.rows(order)
         entries = []
         for names in self._groups(shape):
             parts = [quantized(name) for name in names]
@@ -111,7 +106,15 @@ class Source:
                 return None
             weight = QuantizedWeight.join(parts)
             entries.append(weight if order is None else weight.rows(order))
-        return QuantizedWeight.stack(entries) if self.is_split else entries[0]
+        if not self.is_split:
+            return entries[0]
+        return QuantizedWeight.stack(entries) if QuantizedWeight.can_join(entries) else None
+
+    def read_mxfp4(self, config: ModelConfig, tensor: Callable[[str], Tensor]) -> QuantizedWeight:
+        """A weight in that format, as it is stored."""
+        assert self.mxfp4
+        weight = mxfp4_weight(*map(tensor, self.names))
+        return weight if self.order is None else weight.rows(self.order(config))
 
     def write(
         self, ours: Tensor, config: ModelConfig, parts: tuple[int, ...] | None

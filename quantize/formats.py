@@ -305,12 +305,6 @@ def quantized_weight(
     return QuantizedWeight(form, integers.size(-1), values, scales, zeros, order).check()
 
 
-def mxfp4_weight(blocks: Tensor, scales: Tensor) -> QuantizedWeight:
-    """From the tensors of published files: blocks [..., N, B, 16] and exponents [..., N, B]."""
-    form = Format("mxfp4", 4, BLOCK_SIZE)
-    return QuantizedWeight(form, scales.size(-1) * BLOCK_SIZE, blocks.flatten(-2), scales).check()
-
-
 def pack_nibbles(numbers: Tensor, offset: int = 8) -> Tensor:
     """Integers [..., K] from -offset to 15 - offset -> uint8 [..., ceil(K/2)], the first of two in
     the low half.

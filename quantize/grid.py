@@ -29,13 +29,23 @@ class Grid:
         self._zero = None if self.zeros is None else self.zeros.float().t().contiguous()
 
     def round(self, column: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Weights [N] of column `place` -> its numbers, and the weights that these stand for."""
+        """Weights [N] of column `place` -> its numbers, and what these stand for."""
         scale, zero = self._of(place)
         if zero is None:
             numbers = nearest(column * (1 / scale), self.form)
             return numbers, numbers * scale
         numbers = nearest(torch.addcmul(zero, column, 1 / scale), self.form)
         return numbers, (numbers - zero) * scale
+
+    def real(self, numbers: Tensor) -> Tensor:
+        """What the numbers [K, N] of all columns stand for."""
+        size = self.group_size
+        real = numbers.clone()
+        for group, part in enumerate(real.split(size)):
+            if self._zero is not None:
+                part -= self._zero[group]
+            part *= self._scale[group]
+        return real
 
     def find_again(self, place: int, columns: Tensor) -> None:
         """Scales of the group that begins at column `place`, from its `columns` [G, N]."""

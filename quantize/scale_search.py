@@ -220,7 +220,8 @@ class Groups:
 
     def _arranged(self, rows: Tensor, size: int) -> Tensor:
         groups = rows.reshape(-1, size)
-        return groups.t().contiguous() if self.dim == 0 else groups.clone()
+        groups = groups.t() if self.dim == 0 else groups
+        return groups.clone(memory_format=torch.contiguous_format)
 
     def _arranged_importance(self, importance: Tensor, size: int) -> Tensor:
         """One on the average of each group: only proportions within a group matter."""

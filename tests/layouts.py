@@ -1,5 +1,5 @@
 """The layouts in which others store quantized weights, written down once more from their
-documentation, a number at a time, and nothing of it shared with the readers.
+documentation, a number at a time: what writes shares nothing with the readers.
 """
 
 import json

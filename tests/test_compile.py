@@ -101,6 +101,31 @@ def test_nothing_recompiles_once_warm(llama: Transformer) -> None:
     assert num_compiled() == warm
 
 
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+@pytest.mark.parametrize("quant", ["int8", "int4-g16", "int4-g16-asym-dynamic", "mxfp4"])
+def test_quantized_layers_share_the_graphs_of_plain_ones(
+    tmp_path: Path, num_graphs: Callable[[], int], quant: str, cache: str
+) -> None:
+    """Weights are inputs of a graph, formats its constants: as many graphs as for plain weights,
+    and none more for prompts and rows; tokens are the eager ones.
+    """
+    folder = write_checkpoint(tmp_path / "model", "llama-gqa")
+    prompts = [random_prompt(n) for n in (1, 20, 40)]
+    params = replace(GREEDY, max_new_tokens=6, ignore_eos=True)
+    counts, tokens = [], []
+    for compile, chosen in ((True, None), (True, quant), (False, quant)):
+        before = num_graphs()
+        llm = LLM(folder, dtype="fp32", quant=chosen, compile=compile, kv_cache_dtype=cache)
+        with torch._dynamo.config.patch(error_on_recompile=not compile):
+            found = [llm.generate([prompt], params)[0].token_ids for prompt in prompts[:1]]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found += [llm.generate([prompt], params)[0].token_ids for prompt in prompts[1:]]
+        counts.append(num_graphs() - before)
+        tokens.append(found)
+    assert counts[0] == counts[1] > 0 == counts[2]
+    assert tokens[1] == tokens[2]
+
+
 @pytest.mark.slow
 def test_golden_stories_compiled(shared_data: Path) -> None:
     """A real model: the six published continuations, alone and together, and no graph more."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from quantize.formats import (
     Format,
     QuantizedWeight,
-    mxfp4_weight,
     pack_nibbles,
     quantized_weight,
     unpack_nibbles,
@@ -25,6 +24,7 @@ from quantize.linear import (
     round_activations,
 )
 from quantize.mxfp4 import dequantize_mxfp4
+from quantize.readers import mxfp4_weight
 
 NAMES = (
     "int8 int8-g64 int8-g16-asym int4-g32 int4-g128-asym int4-row int3-g32 int2-g8-asym fp8 "

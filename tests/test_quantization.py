@@ -55,10 +55,11 @@ def test_every_family_loads_quantized_and_is_read_back(tmp_path: Path, name: str
     source = write_checkpoint(tmp_path / "source", name)
     plan = quant_plan("int4", 16)
     expected = logits(rounded_by_hand(source, plan))
-    torch.testing.assert_close(logits(load(source, "fp32", quant=plan)), expected)
+    found = logits(load(source, "fp32", quant=plan))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     convert(source, tmp_path / "own", dtype="fp32", quant=plan)
     again = load(tmp_path / "own")
-    torch.testing.assert_close(logits(again), expected)
+    assert torch.equal(logits(again), found)
     assert again.formats == plan.formats(load(source, "fp32"))
 
 
@@ -170,7 +171,7 @@ def test_plain_numbers_of_a_quantized_checkpoint(tmp_path: Path, tied: bool) -> 
     convert(source, tmp_path / "own", quant=quant_plan("int4", 16))
     quantized, plain = load(tmp_path / "own"), load(tmp_path / "own", quant="none")
     assert not plain.formats
-    torch.testing.assert_close(logits(plain), logits(quantized))
+    torch.testing.assert_close(logits(plain), logits(quantized), rtol=1e-4, atol=1e-4)
     convert(tmp_path / "own", tmp_path / "hf", "hf")
     assert "quantization_config" not in config_of(tmp_path / "hf")
     published = load(tmp_path / "hf")
@@ -264,7 +265,7 @@ def test_conv1d_families_keep_their_orientation(tmp_path: Path) -> None:
     folder = tiny_gpt2(tmp_path / "model")
     plan = quant_plan("int4", 8)
     expected = logits(rounded_by_hand(folder, plan))
-    torch.testing.assert_close(logits(load(folder, quant=plan)), expected)
+    torch.testing.assert_close(logits(load(folder, quant=plan)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_are_quantized_each(tmp_path: Path) -> None:

@@ -134,20 +134,6 @@ struct Bytes : FloatSums {
   }
 };
 
-struct UnsignedBytes : FloatSums {
-  static constexpr int COLUMNS = 4, WORDS = 4;
-  static constexpr float OFFSET = 128;
-  explicit UnsignedBytes(const float*) {}
-  static constexpr int column(int element) { return element; }
-  Chunk read(const uint8_t* chunk) const { return chunk_at(chunk); }
-  Operand operand(const Chunk& c, int d) const {
-    return each_float([&](int i) {
-      const __m256i low = _mm256_srli_epi32(c.v[i], 8 * d);
-      return _mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(255)));
-    });
-  }
-};
-
 // bfloat16 activations become floats.
 template <class Decoder>
 using FloatOp = Decoder;

@@ -161,19 +161,6 @@ struct BytesDynamicOp : IntegerSums {
   Operand operand(const Chunk& v, int) const { return v; }
 };
 
-// What BytesDynamicOp multiplies, as floats.
-struct UnsignedBytes {
-  static constexpr int COLUMNS = 4, WORDS = 4;
-  static constexpr float OFFSET = 128;
-  using Chunk = __m512i;
-  explicit UnsignedBytes(const float*) {}
-  static constexpr int column(int element) { return element; }
-  Chunk read(const uint8_t* chunk) const { return _mm512_loadu_si512(chunk); }
-  __m512i operand(const Chunk& v, int d) const {
-    const __m512i byte = _mm512_and_si512(_mm512_srli_epi32(v, 8 * d), _mm512_set1_epi32(255));
-    return _mm512_castps_si512(_mm512_cvtepi32_ps(byte));
-  }
-};
 inline Floats operand_floats(__m512i w) { return _mm512_castsi512_ps(w); }
 
 // Tiles of sixteen rows that are walked together for so many rows of activations: enough sums to

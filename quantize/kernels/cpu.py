@@ -89,7 +89,7 @@ class PackedQuantizedLinear(_Packed):
     """y = x W^T + b with a packed W [N, K]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]. A row has the same bits however many there are, up to 16."""
+        """x [..., K] -> [..., N]. A row has the same bits however many there are, up to 64."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
         return torch.ops.quantize.packed_quantized_linear.default(

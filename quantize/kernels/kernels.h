@@ -7,7 +7,9 @@
 namespace packed {
 
 constexpr int64_t TILE = 16, CHUNK_BYTES = 64;
-constexpr int64_t MAX_DIRECT_ROWS = 16;  // more are multiplied by a dequantized weight
+// More rows are multiplied by a dequantized weight. Measured for int4 [11264, 2048] on one core, in
+// ms: 17 rows 3.7 directly and 9.2 dequantized, 64 rows 7.5 and 13.5; they meet near 200.
+constexpr int64_t MAX_DIRECT_ROWS = 64;
 
 enum class Number { bfloat16, float16, float32 };
 
@@ -34,7 +36,8 @@ using Parallel = std::function<void(int64_t count, const Body& body)>;
 void multiply(const Weight& weight, Number type, const void* x, int64_t num_rows,
               const float* bias, void* y, int64_t num_threads, const Parallel& parallel);
 
-// Tiles first..last-1 as numbers, columns in front: out [K, 16 (last - first)].
+// Tiles first..last-1 (of a weight that is not dynamic) as numbers, columns in front:
+// out [K, 16 (last - first)].
 void dequantize(const Weight& weight, Number type, int64_t first, int64_t last, void* out,
                 const Parallel& parallel);
 

@@ -73,15 +73,8 @@ void multiply_many(const Tensor& x, const Weight& w, const Tensor& y) {
 // x [M, K] and y [M, N], contiguous.
 void multiply(const Tensor& x, const Weight& w, const Maybe& bias, Tensor y) {
   if (x.size(0) == 0 || w.num_rows == 0) return;
-  if (x.size(0) > packed::MAX_DIRECT_ROWS) {
-    if (w.dynamic) {
-      const Tensor wide = x.to(at::kFloat);
-      const Tensor scale = wide.abs().amax({-1}, true).clamp_min(1e-30).div(127);
-      multiply_many(wide.div(scale).round_().to(x.scalar_type()), w, y);
-      y.mul_(scale);
-    } else {
-      multiply_many(x, w, y);
-    }
+  if (!w.dynamic && x.size(0) > packed::MAX_DIRECT_ROWS) {
+    multiply_many(x, w, y);
     if (bias) y.add_(*bias);
     return;
   }

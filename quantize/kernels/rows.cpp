@@ -300,27 +300,36 @@ int64_t multiply_rows(const Weight& w, Number type, const char* x, int64_t num_r
 
 // ---- dequantization ----
 
+// Four tiles side by side, so that whole cache lines are written.
 template <class Op>
 void dequantize_tiles(const Weight& w, Number type, int64_t first, int64_t last, int64_t width,
                       char* out) {
+  constexpr int64_t TOGETHER = 4;
   const Op op(w.mxfp4 ? MXFP4 : INTEGERS);
-  const int64_t size = type == Number::float32 ? 4 : 2;
-  for (int64_t tile = first; tile < last; ++tile) {
-    const uint8_t* values = w.values + tile * w.num_chunks * CHUNK_BYTES;
-    char* to = out + (tile - first) * TILE * size;
-    for (int64_t c = 0; c < w.num_chunks; ++c) {
-      const int64_t group = c / w.chunks_per_group();
-      const Floats scale = factors(w, w.scales, tile, group);
-      const auto chunk = op.read(values + c * CHUNK_BYTES);
+  const int64_t size = type == Number::float32 ? 4 : 2, per_group = w.chunks_per_group();
+  for (int64_t start = first; start < last; start += TOGETHER) {
+    const int64_t stop = std::min(start + TOGETHER, last);
+    for (int64_t g = 0; g < w.num_groups; ++g) {
+      Floats scales[TOGETHER], zeros[TOGETHER];
+      for (int64_t tile = start; tile < stop; ++tile) {
+        scales[tile - start] = factors(w, w.scales, tile, g);
+        zeros[tile - start] = w.zeros ? factors(w, w.zeros, tile, g) : splat(0);
+      }
+      const int64_t end = std::min((g + 1) * per_group, w.num_chunks);
+      for (int64_t c = g * per_group; c < end; ++c) {
+        for (int64_t tile = start; tile < stop; ++tile) {
+          const auto chunk = op.read(w.values + (tile * w.num_chunks + c) * CHUNK_BYTES);
+          char* to = out + (tile - first) * TILE * size;
 #pragma GCC unroll 8
-      for (int d = 0; d < Op::WORDS; ++d) {
-        const int64_t k = c * Op::COLUMNS + Op::column(d);
-        if (k >= w.num_columns) continue;
-        Floats value = operand_floats(op.operand(chunk, d));
-        if (Op::OFFSET != 0) value = subtract(value, splat(Op::OFFSET));
-        if (w.zeros) value = subtract(value, factors(w, w.zeros, tile, group));
-        value = product(value, scale);
-        store_as(type, to + k * width * size, value);
+          for (int d = 0; d < Op::WORDS; ++d) {
+            const int64_t k = c * Op::COLUMNS + Op::column(d);
+            if (k >= w.num_columns) continue;
+            Floats value = operand_floats(op.operand(chunk, d));
+            if (Op::OFFSET != 0) value = subtract(value, splat(Op::OFFSET));
+            value = product(subtract(value, zeros[tile - start]), scales[tile - start]);
+            store_as(type, to + k * width * size, value);
+          }
+        }
       }
     }
   }
@@ -348,11 +357,11 @@ void multiply(const Weight& w, Number type, const void* x, int64_t num_rows, con
 
 void dequantize(const Weight& w, Number type, int64_t first, int64_t last, void* out,
                 const Parallel& parallel) {
-  const auto run = w.nibbles   ? dequantize_tiles<FloatOp<Nibbles>>
-                   : w.dynamic ? dequantize_tiles<UnsignedBytes>
-                               : dequantize_tiles<FloatOp<Bytes>>;
+  const auto run = w.nibbles ? dequantize_tiles<FloatOp<Nibbles>> : dequantize_tiles<FloatOp<Bytes>>;
   const int64_t width = (last - first) * TILE, size = type == Number::float32 ? 4 : 2;
-  parallel(last - first, [&](int64_t begin, int64_t end) {
+  parallel((last - first + 3) / 4, [&](int64_t begin, int64_t end) {
+    begin *= 4;
+    end = std::min(end * 4, last - first);
     run(w, type, first + begin, first + end, width, static_cast<char*>(out) + begin * TILE * size);
   });
 }
