@@ -93,8 +93,9 @@ def main() -> None:
         comparison = compare(model, reference, windows, batch_size=8)
         subjects.append(Subject(row, model, comparison, []))
         note(f"{row}: made in {made:.1f} s, {comparison.nll_difference:+.4f} nats")
-    measure_speed([Subject("unquantized", reference, comparison, []), *subjects], args.rounds)
-    report(args, windows, subjects)
+    plain = Subject("unquantized", reference, comparison, [])
+    measure_speed([plain, *subjects], args.rounds)
+    report(args, windows, subjects, 1 / median(plain.seconds))
 
 
 def parse_args() -> argparse.Namespace:
@@ -179,11 +180,12 @@ def report(
     }
     print(
         f"{Path(args.model).name}, {first.num_tokens:,} tokens of {len(windows)} documents: "
-        f"{first.nats_per_token:.4f} nats, perplexity {first.perplexity:.3f} unquantized"
+        f"{first.nats_per_token:.4f} nats, perplexity {first.perplexity:.3f}, {plain_tok_s:.0f} "
+        f"tok/s unquantized in {args.dtype}"
     )
     print(f"{'':22}" + "".join(f"{title:>12}" for title, _ in columns.values()))
     for row in rows:
-        cells = (f"{row[key]:>12{spec}}" for key, (_, spec) in columns.items())
+        cells = (format(row[key], spec).rjust(12) for key, (_, spec) in columns.items())
         print(f"{row['row']:22}" + "".join(cells))
     header = {
         "benchmark": "quality",
@@ -192,6 +194,7 @@ def report(
         "calibration": Path(args.calibration).name if args.calibration else "bundled stories",
         "num_tokens": first.num_tokens,
         "nll": first.nats_per_token,
+        "decode_tok_s": plain_tok_s,
         "dtype": args.dtype,
         "device_name": device_name(parse_device(args.device)),
         "threads": torch.get_num_threads(),

@@ -15,7 +15,15 @@ from test_storyteller import SCRIPTS  # puts scripts/ on the path
 from tiny import tiny_llama
 from torch import Tensor
 
-from gptfast.calibrated import MIN_ROWS, Awq, Gptq, Method, quantize_model
+from gptfast.calibrated import (
+    MIN_ROWS,
+    Awq,
+    Gptq,
+    Method,
+    _rounded,
+    _Sums,
+    quantize_model,
+)
 from gptfast.calibration import calibration_ids, read_documents
 from gptfast.checkpoint import empty_model, inspect
 from gptfast.folding import apply_fold, find_folds
@@ -120,6 +128,8 @@ def test_what_is_folded(tmp_path: Path, name: str) -> None:
     [block, *_] = blocks(model)
     found = ["+".join(fold.linears) for fold in find_folds(block)]
     assert found == FOLDED[name].split()
+    if block.shared_norm:  # one Hessian will do
+        assert stages(block)[0] == [("attention.qkv", "mlp.up")]
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe-shared-expert", "deepseek_v3-groups-yarn"])
@@ -378,6 +388,29 @@ def test_experts_that_saw_too_little_are_rounded(tmp_path: Path, method: str, na
     few = int((~seen).sum())
     told = [note for note in notes if note.startswith(whole)]
     assert told and f"{few} of {len(seen)} experts saw fewer than {MIN_ROWS} tokens" in told[0]
+
+
+def test_each_row_takes_the_better_scales() -> None:
+    """By the error of its output, for inputs that are divided by what columns are multiplied by."""
+    x = torch.randn(400, 8) @ torch.randn(8, 32) + 0.1 * torch.randn(400, 32)
+    scale = 4 ** (2 * torch.rand(32) - 1)
+    linear = torch.nn.Linear(32, 64, bias=False).requires_grad_(False)
+    linear.weight.mul_(scale)
+    seen = _Sums.of(linear)
+    seen.add(x)
+    form = quant_plan("int3-g16").body
+
+    def errors(stored: Any) -> Tensor:
+        return F.linear(x / scale, stored.dequantize() - linear.weight).square().sum(0)
+
+    importance = (x / scale).square().mean(0)
+    plain, weighed = (
+        errors(round_to_nearest(linear.weight, form, importance=each))
+        for each in (None, importance)
+    )
+    found = errors(_rounded(linear, form, seen, scale))
+    assert 8 < int((plain < weighed).sum()) < 56
+    torch.testing.assert_close(found, torch.minimum(plain, weighed), rtol=1e-3, atol=1e-4)
 
 
 def test_packed_models_are_refused() -> None:
