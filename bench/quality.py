@@ -165,7 +165,10 @@ def measure_speed(subjects: Sequence[Subject], rounds: int, num_tokens: int = 64
 
 
 def report(
-    args: argparse.Namespace, windows: Sequence[Window], subjects: Sequence[Subject]
+    args: argparse.Namespace,
+    windows: Sequence[Window],
+    subjects: Sequence[Subject],
+    plain_tok_s: float,
 ) -> None:
     first = subjects[0].comparison.reference
     rows = [subject.as_dict() for subject in subjects]

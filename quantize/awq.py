@@ -1,9 +1,9 @@
 """AWQ (Lin et al. 2023, arXiv 2306.00978): input channels that carry much are multiplied by s
 before rounding, which makes their error smaller by as much, and divided by s where they come from.
 
-The search takes s = (mean |x|)^a, as the paper does, and measures each a by the error of the
-output, with the rounding that will be used. (Dividing by the size of the channel's weights, as
-AutoAWQ does, took 4 % off that error, and nothing off the loss of a real model.)
+The search takes s = (mean |x| / size of the channel's weights)^a and measures each a by the error of
+the output, with the rounding that will be used. The paper has no weights in s; dividing by them, as
+AutoAWQ does, took 4 % off that error and 5 % off the divergence of two real models at 4 bits.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,10 @@ def search_input_scales(
     and ones unless that is better on all rows. Channels with the same number in `tied` [K] get the
     same s. Costs num_steps + 1 roundings of the sample and two of everything.
     """
-    magnitude = mean_abs.float() if tied is None else _averages(mean_abs.float(), tied)
-    candidates = [_scales(magnitude, step / num_steps) for step in range(num_steps + 1)]
+    squares = torch.stack([weight.float().square().sum(0) for weight in weights]).sum(0)
+    ratio = _bounded(mean_abs) / _bounded(squares.sqrt())
+    ratio = ratio if tied is None else _averages(ratio, tied)
+    candidates = [_scales(ratio, step / num_steps) for step in range(num_steps + 1)]
     sample = [_sample(weight) for weight in weights]
     errors = [rounding_error(sample, s, hessian, form) for s in candidates]
     best = candidates[int(torch.stack(errors).argmin())]
@@ -62,18 +64,21 @@ def rounding_error(
     return total
 
 
-def _scales(magnitude: Tensor, exponent: float) -> Tensor:
+def _bounded(sizes: Tensor) -> Tensor:
+    """Channels that are nearly never used would be scaled without end."""
+    return sizes.float().clamp(min=max(1e-4 * float(sizes.mean()), 1e-20))
+
+
+def _scales(ratio: Tensor, exponent: float) -> Tensor:
     """Around one: the geometric mean of the largest and the least is."""
-    # Channels that are nearly never used would be scaled down without end.
-    least = max(1e-4 * float(magnitude.mean()), 1e-20)
-    scale = magnitude.clamp(min=least) ** exponent
+    scale = ratio**exponent
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _averages(magnitude: Tensor, tied: Tensor) -> Tensor:
+def _averages(ratio: Tensor, tied: Tensor) -> Tensor:
     """Each channel's mean with those that have the same number."""
-    sums = torch.zeros_like(magnitude).index_add_(0, tied, magnitude)
-    counts = torch.zeros_like(magnitude).index_add_(0, tied, torch.ones_like(magnitude))
+    sums = torch.zeros_like(ratio).index_add_(0, tied, ratio)
+    counts = torch.zeros_like(ratio).index_add_(0, tied, torch.ones_like(ratio))
     return (sums / counts)[tied]
 
 

@@ -164,6 +164,13 @@ class QuantizedWeight:
                     f"{name} of a {form.name} weight with {columns} columns have shape "
                     f"{list(tensor.shape)}; {list(shape)} is needed"
                 )
+        is_exponent = form.kind == "mxfp4"
+        if is_exponent != (self.scales.dtype == torch.uint8) or not (
+            is_exponent or self.scales.is_floating_point()
+        ):
+            raise ValueError(f"scales of {form.name} cannot be {self.scales.dtype}")
+        if self.zeros is not None and self.zeros.dtype != self.scales.dtype:
+            raise ValueError(f"zeros are {self.zeros.dtype}, and the scales {self.scales.dtype}")
         if self.values.dtype != form.values_dtype:
             raise ValueError(
                 f"values of {form.name} are {form.values_dtype}, not {self.values.dtype}"

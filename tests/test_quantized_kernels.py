@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from quantize.kernels.cpu import (
     packed_quantized_grouped_linear_reference,
     packed_quantized_linear_reference,
 )
+from quantize.linear import QuantizedLinear
 
 FORMATS = (
     "int8 int8-g64 int8-g16-asym int4-g32 int4-g128 int4-g8 int4-row int4-g32-asym int3-g32 mxfp4 "
@@ -400,3 +402,29 @@ def test_processors_without_avx512(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused_and_never_read() -> None:
+    """The packed weight is padded, so 70 columns would have found something to multiply with 67."""
+    weight = random_weight("int4-g32-asym", 16, 67)
+    for columns in (65, 66, 68, 70, 72):
+        with pytest.raises(ValueError, match=f"x has {columns} columns; the weight has 67"):
+            PackedQuantizedLinear(weight)(torch.randn(2, columns))
+    with pytest.raises(ValueError, match="a bias for 16 rows"):
+        PackedQuantizedLinear(weight, torch.zeros(3))(torch.randn(2, 67))
+    mixed = replace(weight, zeros=weight.zeros.float(), scales=weight.scales.half())
+    with pytest.raises(ValueError, match="zeros are"):
+        mixed.check()
+    x = torch.randn(2, 67)
+    torch.testing.assert_close(PackedQuantizedLinear(mixed)(x), QuantizedLinear(mixed)(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["int8-dynamic", "int4-g32-dynamic", "int8", "int4-g32"])
+@pytest.mark.parametrize("place", [0, 33, 63, 66])
+def test_activations_that_are_no_numbers_stay_visible(name: str, place: int) -> None:
+    weight, x = random_weight(name, 16, 67), torch.randn(2, 67)
+    x[0, place] = torch.nan
+    y = PackedQuantizedLinear(weight)(x)
+    assert y[0].isnan().all() and y[1].isfinite().all()

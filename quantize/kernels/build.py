@@ -107,6 +107,7 @@ class Library:
             output = str(Path(work, "library.so"))
             libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10", *openmp]
             _run([*compiler, "-shared", *objects, *libraries, "-o", output])
+            os.chmod(output, 0o700)  # whatever the umask lets others do
             os.replace(output, path)
 
 

@@ -37,7 +37,7 @@ class _Packed(nn.Module):
         self.register_buffer("values", pack_values(weight), persistent=False)
         scales = _float_scales(weight.scales)
         self.register_buffer("scales", _pack_rows(scales), persistent=False)
-        zeros = None if weight.zeros is None else _pack_rows(weight.zeros)
+        zeros = None if weight.zeros is None else _pack_rows(weight.zeros.to(scales.dtype))
         self.register_buffer("zeros", zeros, persistent=False)
         self.register_buffer("order", weight.order, persistent=False)
 
@@ -52,6 +52,12 @@ class _Packed(nn.Module):
         if form.kind not in ("int", "mxfp4") or dtype not in ACTIVATIONS:
             return False
         return 0 not in shape and LINEAR.load() is not None
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        """x with its columns as the weight has them."""
+        if x.size(-1) != self.in_features:  # the packed weight is padded and would not notice
+            raise ValueError(f"x has {x.size(-1)} columns; the weight has {self.in_features}")
+        return x if self.order is None else x.index_select(-1, self.order)
 
     @property
     def weight_bytes(self) -> int:
@@ -90,10 +96,8 @@ class PackedQuantizedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]. A row has the same bits however many there are, up to 64."""
-        if self.order is not None:
-            x = x.index_select(-1, self.order)
         return torch.ops.quantize.packed_quantized_linear.default(
-            x,
+            self._ordered(x),
             self.values,
             self.scales,
             self.zeros,
@@ -112,10 +116,8 @@ class PackedQuantizedGroupedLinear(_Packed):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [P, K] sorted by group, of which group e ends before row ends[e] -> [P, N]."""
-        if self.order is not None:
-            x = x.index_select(-1, self.order)
         return torch.ops.quantize.packed_quantized_grouped_linear.default(
-            x,
+            self._ordered(x),
             self.values,
             self.scales,
             self.zeros,

@@ -44,6 +44,10 @@ Weight packed_weight(const Tensor& values, const Tensor& scales, const Maybe& ze
   TORCH_CHECK_VALUE((num_columns + per_chunk - 1) / per_chunk == w.num_chunks, "x has ",
                     num_columns, " columns; the packed weight has ", w.num_chunks, " times ",
                     per_chunk);
+  TORCH_CHECK_VALUE((num_rows + packed::TILE - 1) / packed::TILE == w.num_tiles, num_rows,
+                    " rows do not fit ", w.num_tiles, " packed tiles of ", packed::TILE);
+  TORCH_CHECK_VALUE(!zeros || zeros->scalar_type() == scales.scalar_type(),
+                    "zeros must have the dtype of the scales");
   const auto at = format.find("-g");
   w.group_size = w.mxfp4                     ? 32
                  : at == std::string::npos ? w.num_chunks * per_chunk
@@ -72,6 +76,8 @@ void multiply_many(const Tensor& x, const Weight& w, const Tensor& y) {
 
 // x [M, K] and y [M, N], contiguous.
 void multiply(const Tensor& x, const Weight& w, const Maybe& bias, Tensor y) {
+  TORCH_CHECK_VALUE(!bias || bias->numel() == w.num_rows, "a bias for ", w.num_rows,
+                    " rows is needed");
   if (x.size(0) == 0 || w.num_rows == 0) return;
   if (!w.dynamic && x.size(0) > packed::MAX_DIRECT_ROWS) {
     multiply_many(x, w, y);

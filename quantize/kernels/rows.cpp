@@ -48,17 +48,19 @@ VECTORIZED void to_floats(Number type, const void* from, int64_t count, float* t
   for (int64_t k = 0; k < count; ++k) bits[k] = static_cast<uint32_t>(words[k]) << 16;
 }
 
+// Magnitudes are compared as the integers that their bits are: NaN is above all, and stays.
 VECTORIZED float largest(const float* row, int64_t count) {
-  float lanes[16] = {};
+  const uint32_t* bits = reinterpret_cast<const uint32_t*>(row);
+  uint32_t lanes[16] = {};
   int64_t k = 0;
   for (; k + 16 <= count; k += 16) {
-    for (int i = 0; i < 16; ++i) {
-      const float size = std::fabs(row[k + i]);
-      lanes[i] = lanes[i] > size ? lanes[i] : size;
-    }
+    for (int i = 0; i < 16; ++i) lanes[i] = std::max(lanes[i], bits[k + i] & 0x7FFFFFFF);
   }
-  for (; k < count; ++k) lanes[0] = std::max(lanes[0], std::fabs(row[k]));
-  return *std::max_element(lanes, lanes + 16);
+  for (; k < count; ++k) lanes[0] = std::max(lanes[0], bits[k] & 0x7FFFFFFF);
+  const uint32_t most = *std::max_element(lanes, lanes + 16);
+  float size;
+  std::memcpy(&size, &most, sizeof(size));
+  return size;
 }
 
 template <class Integer>
