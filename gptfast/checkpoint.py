@@ -4,7 +4,7 @@ Names, shapes and dtypes are checked against the facts; no weights are read.
 """
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gptfast.quantized_files import QuantizedFiles, quantization_settings, quant
 from gptfast.sources import Source
 from gptfast.stored import (
     QUANT_METHOD,
+    allowed_dtypes,
     order_name,
     part_shapes,
     read_formats,
@@ -246,12 +247,14 @@ def _check_own_parts(module: str, form: Format, shape: tuple[int, ...], tensors:
     has_order = order_name(module) in tensors.names
     for name, needed in part_shapes(module, form, shape, has_order).items():
         _check_shape(tensors, name, needed)
-    stored, needed_dtype = tensors.dtype(f"{module}.weight"), form.values_dtype
-    if DTYPES.get(stored) != needed_dtype:
-        raise ValueError(
-            f"{tensors.folder}: {module}.weight is stored as {stored}; a weight in {form.name} is "
-            f"{str(needed_dtype).removeprefix('torch.')}"
-        )
+        _check_own_dtype(tensors, name, allowed_dtypes(name, form))
+
+
+def _check_own_dtype(tensors: Tensors, name: str, allowed: Sequence[torch.dtype]) -> None:
+    stored = tensors.dtype(name)
+    if DTYPES.get(stored) not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(f"{tensors.folder}: {name} is stored as {stored}; {names} is needed")
 
 
 def check_tied_head(source: Checkpoint) -> None:

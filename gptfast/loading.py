@@ -62,8 +62,12 @@ def check_plan(source: Checkpoint, quant: QuantPlan | str | None) -> QuantPlan |
     """The plan, if there is one that can be carried out; ValueError where the weights are quantized
     already.
     """
-    if not isinstance(quant, QuantPlan):
+    if quant is None or quant == PLAIN:
         return None
+    if not isinstance(quant, QuantPlan):
+        raise ValueError(
+            f'quant is {quant!r}; a QuantPlan (see quant_plan), "none" or None is needed'
+        )
     if source.is_quantized:
         raise ValueError(
             f"{source.folder.name} is quantized already ({source.quantized_as}): leave out quant, "
@@ -103,7 +107,9 @@ def weight_bytes(
     size = 0.0
     for name, shape in shapes.items():
         form = formats.get(name.removesuffix(".weight"))
-        is_plain = form is None or (form.kind == "fp8" and not runs_fp8(device))
+        # An embedding is looked up, on any device.
+        is_linear = name != "embed.weight"
+        is_plain = form is None or (form.kind == "fp8" and is_linear and not runs_fp8(device))
         each = dtype.itemsize if form is None or is_plain else form.bytes_per_weight(shape[-1])
         size += shape.numel() * each
     return math.ceil(size)

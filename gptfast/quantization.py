@@ -52,6 +52,8 @@ class QuantPlan:
                     f"{', '.join(names[:4])}, ..., head; * stands for anything"
                 )
         found = {name: form for name in names if (form := self.format_of(name)) is not None}
+        if not found:
+            raise ValueError("nothing is left to quantize; exclude less")
         if model.config.tied_head and "embed" in found and "head" not in found:
             raise ValueError(
                 "the head shares the embedding, which is to be quantized; give the head a format"
@@ -81,8 +83,12 @@ def quant_plan(
     """The plan of names as the command line has them. `head` None: int8, where the body has fewer
     bits, else as the body; "none": plain. ValueError for what there is not.
     """
+    if not isinstance(quant, str):
+        raise ValueError(f"quant is {quant!r}; the name of a format is needed, such as int4")
     body = Format.parse(quant)
     if group_size is not None:
+        if "-g" in quant and group_size != body.group_size:
+            raise ValueError(f"{quant} names its group size; leave out the other, {group_size}")
         if body.kind == "mxfp4" and group_size != body.group_size:
             raise ValueError(f"mxfp4 has groups of {body.group_size}; leave out the group size")
         body = replace(body, group_size=group_size)
@@ -94,7 +100,8 @@ def quant_plan(
     embedding_format = None if embedding in (None, PLAIN) else Format.parse(str(embedding))
     if embedding_format is not None and embedding_format.dynamic:
         raise ValueError("an embedding is looked up: it has no activations to round")
-    return QuantPlan(body, head_format, embedding_format, tuple(exclude))
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    return QuantPlan(body, head_format, embedding_format, patterns)
 
 
 def _matches(name: str, pattern: str) -> bool:

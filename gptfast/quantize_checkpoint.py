@@ -265,7 +265,13 @@ class _Work:
         return self.folder / f"{part}.safetensors"
 
     def has(self, part: str) -> bool:
-        return self._path(part).exists()
+        """Whether it is finished; what cannot be read any more is made again."""
+        path = self._path(part)
+        try:
+            return path.exists() and bool(TensorFiles(self.folder, [path]).names)
+        except ValueError:
+            path.unlink()
+            return False
 
     def save(self, part: str, tensors: dict[str, Tensor]) -> None:
         """Under its name once it is complete."""

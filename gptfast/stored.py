@@ -50,6 +50,8 @@ def read_formats(settings: Mapping[str, Any]) -> dict[str, Format]:
                 f"config.json: quantization_config has {members!r} where modules in {name} are "
                 "named"
             )
+        if twice := sorted(formats.keys() & set(members)):
+            raise ValueError(f"config.json: quantization_config names {twice[0]} twice")
         formats |= dict.fromkeys(members, Format.parse(name))
     return formats
 
@@ -74,6 +76,18 @@ def part_shapes(
     shapes = dict.fromkeys(part_names(module, form), groups)
     shapes[f"{module}.weight"] = (*rows, form.values_width(columns))
     return shapes | ({order_name(module): (columns,)} if has_order else {})
+
+
+def allowed_dtypes(name: str, form: Format) -> tuple[torch.dtype, ...]:
+    """Of a tensor that belongs to a module of this format."""
+    part = name.rpartition(".")[2]
+    if part == "weight":
+        return (form.values_dtype,)
+    if part == "order":
+        return (torch.int64,)
+    if form.kind == "mxfp4":
+        return (torch.uint8,)
+    return (torch.bfloat16, torch.float16, torch.float32)
 
 
 def stored_parts(module: str, form: Format, shape: tuple[int, ...]) -> dict[str, Stored]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantize.mxfp4 import BLOCK_SIZE, CODES, SCALE_BIAS
 
 DEFAULT_INT4_GROUP = 32
-SMALLEST_GROUP = 8
+SMALLEST_GROUP, LARGEST_GROUP = 8, 2**30
 FP8_MAX = 448.0  # of e4m3 without infinities
 
 
@@ -40,14 +40,19 @@ class Format:
             raise ValueError(f"kind {self.kind!r} of a format is unknown; use int, fp8 or mxfp4")
         if self.kind == "int" and not 2 <= self.bits <= 4 and self.bits != 8:
             raise ValueError(f"integers of {self.bits} bits are not stored; use 2, 3, 4 or 8")
+        if self.kind != "int" and self.bits != (8 if self.kind == "fp8" else 4):
+            raise ValueError(f"{self.kind} does not have {self.bits} bits")
         if self.kind != "int" and (self.has_zeros or self.dynamic):
             raise ValueError(f"{self.kind} has no zeros and no integer activations")
         if self.kind == "mxfp4" and self.group_size != BLOCK_SIZE:
             raise ValueError(f"mxfp4 has blocks of {BLOCK_SIZE}")
         size = self.group_size
-        if size is not None and (size < SMALLEST_GROUP or size & (size - 1)):
+        if size is not None and (
+            not SMALLEST_GROUP <= size <= LARGEST_GROUP or size & (size - 1)
+        ):
             raise ValueError(
-                f"group size {size} is not usable; a power of two from {SMALLEST_GROUP} on is"
+                f"group size {size} is not usable; a power of two from {SMALLEST_GROUP} to "
+                f"{LARGEST_GROUP} is"
             )
 
     @staticmethod
@@ -58,8 +63,8 @@ class Format:
         found = re.fullmatch(r"(int[2348]|fp8|mxfp4)(-g\d+|-row)?(-asym)?(-dynamic)?", text)
         if found is None:
             raise ValueError(
-                f"quantization {text!r} is unknown; use int8, int4, int3, fp8 or mxfp4, where "
-                "wanted with -gN (group size), -asym (zeros), -dynamic (8-bit activations): "
+                f"quantization {text!r} is unknown; use int8, int4, int3, int2, fp8 or mxfp4, "
+                "with -gN (group size), -asym (zeros), -dynamic (8-bit activations): "
                 "int4-g64-asym"
             )
         name, group, asym, dynamic = found.groups()
@@ -241,7 +246,8 @@ class QuantizedWeight:
         if self.order is not None:
             raise ValueError("columns that have been put in another order cannot be cut")
         step = size if size is not None else 2 if self.format.in_nibbles else 1
-        if start % step or (stop % step and stop != self.num_columns):
+        is_range = 0 <= start < stop <= self.num_columns
+        if not is_range or start % step or (stop % step and stop != self.num_columns):
             raise ValueError(
                 f"columns {start} to {stop} of a {self.format.name} weight are no whole groups of "
                 f"{step}"
@@ -268,6 +274,7 @@ class QuantizedWeight:
         first = parts[0]
         return all(
             part.format == first.format
+            and part.num_columns == first.num_columns
             and (part.order is None) == (first.order is None)
             and (part.order is None or first.order is None or part.order.equal(first.order))
             for part in parts

@@ -12,10 +12,7 @@ from torch import Tensor
 from quantize.descent import descend
 from quantize.formats import Format, QuantizedWeight
 from quantize.grid import Grid
-from quantize.hessian import HessianSum
 from quantize.rounding import stored_numbers
-
-__all__ = ["HessianSum", "gptq"]
 
 # Columns whose errors reach those behind them together, in one product.
 BLOCK_SIZE = 128

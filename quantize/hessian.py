@@ -29,7 +29,7 @@ class HessianSum:
     def add(self, x: Tensor) -> None:
         """Inputs x [..., K] in any float dtype; ValueError for NaN or infinite ones."""
         rows = x.detach().reshape(-1, x.size(-1))
-        if not bool(torch.isfinite(rows.sum())):
+        if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
             raise ValueError("inputs of a linear have NaN or infinite numbers")
         self._upper, self._magnitude = self._upper.to(x.device), self._magnitude.to(x.device)
         self.num_rows += len(rows)

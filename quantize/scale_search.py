@@ -96,6 +96,11 @@ class Groups:
         if form.has_zeros:
             scale = (self.high.clamp(min=0) - self.low.clamp(max=0)) / (form.qmax - form.qmin)
             scale = torch.where(scale > 0, scale, 1.0)
+            # Rounded up to what can be stored, and the zero found for that: the range holds all.
+            stored = self._stored(scale, form)
+            read = real_scales(stored) / self.power
+            above = torch.nextafter(stored, torch.full_like(stored, math.inf))
+            scale = torch.where(read < scale, real_scales(above) / self.power, read)
             return scale, form.qmin - (self.low.clamp(max=0) / scale).round()
         if form.kind == "mxfp4":  # OCP: the power of two below the largest, over that of 6
             scale = torch.exp2(self.largest.frexp().exponent - 3.0)

@@ -111,9 +111,9 @@ def test_other_names_are_refused(name: str) -> None:
         Format.parse(name)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 4, 7, 12, 96, 100])
+@pytest.mark.parametrize("size", [0, 1, 2, 4, 7, 12, 96, 100, 2**31])
 def test_group_sizes_that_are_no_power_of_two_from_eight_on_are_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"group size {size} .* power of two from 8"):
+    with pytest.raises(ValueError, match=f"group size {size} .* power of two from 8 to"):
         Format("int", 4, size)
 
 
@@ -150,8 +150,9 @@ def test_rows_and_whole_groups_can_be_cut_out(name: str) -> None:
     assert torch.equal(weight.columns(step, 2 * step).dequantize(), plain[:, step : 2 * step])
     assert torch.equal(weight.columns(step, 300).dequantize(), plain[:, step:])
     if weight.format.group_size is not None:
-        with pytest.raises(ValueError, match="no whole groups"):
-            weight.columns(0, step - 1)
+        for start, stop in ((0, step - 1), (2 * step, step), (0, 10 * 128 * step)):
+            with pytest.raises(ValueError, match="no whole groups"):
+                weight.columns(start, stop)
     both = QuantizedWeight.join([weight.rows(slice(0, 3)), weight.rows(slice(3, 7))])
     assert all(torch.equal(part, weight.tensors[key]) for key, part in both.tensors.items())
     stacked = QuantizedWeight.stack([weight, weight])
@@ -171,6 +172,7 @@ def test_orders_that_differ_cannot_be_joined() -> None:
     assert not QuantizedWeight.can_join([one, other])
     assert not QuantizedWeight.can_join([one, random_weight("int4", 2, 64)])
     assert not QuantizedWeight.can_join([one, random_weight("int8", 2, 64)])
+    assert not QuantizedWeight.can_join([random_weight("int4", 2, k) for k in (100, 99)])
     with pytest.raises(ValueError, match="another order"):
         one.columns(0, 32)
 

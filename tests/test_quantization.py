@@ -19,13 +19,13 @@ from torch import nn
 from gptfast import LLM, SamplingParams
 from gptfast.checkpoint import inspect
 from gptfast.convert import convert
-from gptfast.loading import load
+from gptfast.loading import load, weight_bytes
 from gptfast.model import Transformer
 from gptfast.quantization import QuantPlan, quant_plan
 from quantize.formats import Format
 from quantize.rounding import round_to_nearest
 
-ROOT = Path(__file__).parent.parent
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 
 
 def logits(model: Transformer, seed: int = 0) -> torch.Tensor:
@@ -188,6 +188,30 @@ def damaged(folder: Path, change: Any) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("quant", [4, True, ["int4"], b"int4", "nonsense"])
+def test_what_is_no_plan_is_never_ignored(tmp_path: Path, quant: Any) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    for make in (LLM, load):
+        with pytest.raises(ValueError, match="nonsense" if quant == "nonsense" else "quant"):
+            make(folder, quant=quant)
+    assert quant_plan("int4", exclude="mlp.down").exclude == ("mlp.down",)
+    with pytest.raises(ValueError, match="nothing is left"):
+        load(folder, quant=quant_plan("int4", head="none", exclude=["*"]))
+    with pytest.raises(ValueError, match="names its group size"):
+        quant_plan("int4-g64", 128)
+
+
+def test_an_embedding_is_counted_as_it_is(tmp_path: Path) -> None:
+    """fp8 has no products on a CPU, but rows of it can be looked up."""
+    source = inspect(tiny_llama(tmp_path / "model"))
+    plan = quant_plan("int4", 16, embedding="fp8")
+    model = load(source, quant=plan)
+    held = sum(parameter.nbytes for parameter in model.embed.parameters())
+    assert held == 96 * 32 + 96 * 4
+    plain = weight_bytes(source, torch.float32, CPU, quant_plan("int4", 16))
+    assert weight_bytes(source, torch.float32, CPU, plan) == plain - 96 * 32 * 4 + held
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
@@ -198,6 +222,8 @@ def damaged(folder: Path, change: Any) -> Path:
         ("mlp.down.weight", lambda t: None, "missing tensors: blocks.1.mlp.down.weight"),
         ("mlp.down.zeros", lambda t: torch.zeros(32, 3), "no place for"),
         ("mlp.down.order", lambda t: torch.arange(47), "has shape [47]"),
+        ("mlp.down.order", lambda t: torch.arange(48.0), "stored as F32; int64 is needed"),
+        ("mlp.down.scales", lambda t: t.view(torch.int16).byte(), "stored as U8; bfloat16 or"),
     ],
 )
 def test_damage_is_refused_before_weights_are_used(
@@ -236,6 +262,7 @@ def test_damaged_numbers_are_refused(tmp_path: Path) -> None:
         {"quant_method": "gptfast", "modules": {"int4-g16": "head"}},
         {"quant_method": "gptfast", "modules": {"int7": ["head"]}},
         {"quant_method": "gptfast", "modules": {"int8": ["tail"]}},
+        {"quant_method": "gptfast", "modules": {"int8": ["head"], "int4-g16": ["head"]}},
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -283,6 +310,7 @@ def test_a_fresh_process_needs_only_the_new_folder(tmp_path: Path) -> None:
         path.unlink()
     code = (
         "import sys, torch; from pathlib import Path; from gptfast import load\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
         "tokens = torch.randint(96, (2, 11), generator=torch.Generator().manual_seed(0))\n"
         "found = load(Path(sys.argv[1]))(tokens, torch.arange(11).expand(2, -1))\n"
         "torch.save(found, sys.argv[2])"

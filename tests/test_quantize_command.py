@@ -205,6 +205,19 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, method: str, after: int, ids
     assert notes == [f"Going on with an earlier run: {after} of 3 blocks are done"]
 
 
+def test_a_finished_block_that_is_damaged_is_made_again(tmp_path: Path, ids: Tensor) -> None:
+    """It stopped every further run, and nothing said which hidden folder to remove."""
+    source = tiny_llama(tmp_path / "source", num_hidden_layers=3, torch_dtype="bfloat16")
+    quantize_checkpoint(source, tmp_path / "whole", PLAN, METHODS["gptq"], ids)
+    arguments = (source, tmp_path / "out", PLAN, METHODS["gptq"], ids)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(*arguments, progress=interrupted(2))
+    block = tmp_path / ".out.quantizing" / "blocks.0.safetensors"
+    block.write_bytes(block.read_bytes()[:-50])
+    quantize_checkpoint(*arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def change_source(source: Path) -> dict[str, Any]:
     write_folder(source, LLAMA, llama_tensors(LLAMA, seed=7))
     return {}

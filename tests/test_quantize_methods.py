@@ -23,8 +23,10 @@ from quantize.hessian import PANEL, HessianSum, output_error
 from quantize.rounding import BLOCK_SIZE, find_scales, round_to_nearest
 from quantize.scale_search import real_scales
 
-INTEGERS = ["int8", "int8-g64", "int4", "int4-g8", "int4-asym", "int4-row", "int3", "int3-row-asym"]
-FORMATS = [*INTEGERS, "int8-g32-asym", "int2-asym", "int2", "fp8", "fp8-g32", "mxfp4"]
+INTEGERS = (
+    "int8 int8-g64 int8-g32-asym int4 int4-g8 int4-asym int4-row int3 int3-row-asym"
+).split()
+FORMATS = [*INTEGERS, "int2-asym", "int2", "fp8", "fp8-g32", "mxfp4"]
 LOW_BITS = [
     f"int{bits}{group}{asym}"
     for bits in (4, 3)
@@ -571,3 +573,19 @@ def test_awq_scales_tied_channels_alike_and_bears_dead_ones() -> None:
         weights, torch.zeros(48, 48), torch.zeros(48), Format.parse("int3")
     )
     assert torch.equal(nothing, torch.ones(48))
+
+
+def test_sums_over_half_precision_do_not_overflow() -> None:
+    """3e4 is a number of float16; forty of them are none."""
+    sums = HessianSum(64)
+    sums.add(torch.full((40, 64), 3e4).half())
+    assert sums.mean_abs.tolist() == [float(torch.tensor(3e4).half())] * 64
+
+
+def test_a_weight_of_zeros_has_no_channels_that_matter() -> None:
+    sums = HessianSum(64)
+    sums.add(torch.rand(100, 64) * torch.logspace(-3, 3, 64))
+    scale = search_input_scales(
+        [torch.zeros(9, 64)], sums.hessian, sums.mean_abs, Format.parse("int4")
+    )
+    assert (scale > 0).all() and scale.isfinite().all()

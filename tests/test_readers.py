@@ -27,6 +27,7 @@ from layouts import (
     read,
     some_numbers,
     some_scales,
+    state,
 )
 from torch import Tensor
 
@@ -482,3 +483,14 @@ def test_deepseek_as_it_is_published(shared_data: Path) -> None:
     weight = read(raw["quantization_config"], {"weight": values, "weight_scale_inv": scales})
     assert weight.format.name == "fp8-g128"
     assert weight.dequantize()[129, 199] == values.float()[129, 199] * scales[1, 1]
+
+
+@pytest.mark.parametrize("change", [{"nested_blocksize": 0}, {"nested_offset": None}])
+def test_a_damaged_state_of_nested_absmax_is_refused(change: dict[str, Any]) -> None:
+    """A block of no numbers divided by zero, a missing offset was a KeyError."""
+    parts, _ = nf4_parts(nested=True)
+    [key] = [name for name in parts if "quant_state" in name]
+    values = json.loads(bytes(parts[key].tolist())) | change
+    parts[key] = state(**{name: value for name, value in values.items() if value is not None})
+    with pytest.raises(ValueError, match="nested_blocksize and nested_offset"):
+        opened(BNB, named(parts))

@@ -172,6 +172,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> QuantPlan:
+    if args.bits not in (None, 2, 3, 4, 8):
+        raise ValueError(f"--bits is {args.bits}; 2, 3, 4 and 8 are possible")
     if args.format is not None and (args.bits, args.group_size) != (None, None):
         raise ValueError("--format says bits and group size; leave out --bits and --group-size")
     name = args.format or f"int{4 if args.bits is None else args.bits}"

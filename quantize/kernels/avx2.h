@@ -75,6 +75,7 @@ inline Operand256 each_float(F f) {
 }
 
 struct FloatSums {
+  using Chunk = ::Chunk;
   using Element = float;
   using Sum = Floats;
   using Operand = Operand256;
@@ -142,6 +143,7 @@ using Bfloat16Op = Decoder;
 
 // Pairs of 16-bit words, since the product of bytes saturates in AVX2.
 struct IntegerSums {
+  using Chunk = ::Chunk;
   using Element = int16_t;
   using Sum = Operand256;
   using Operand = Operand256;

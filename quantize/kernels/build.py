@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -w".split()
+FLAGS = "-std=c++20 -O2 -fno-strict-aliasing -fPIC -fvisibility=hidden -w".split()
 # What the kernels use of a processor, by the names of /proc/cpuinfo and of the compiler.
 AVX2 = ("avx2", "fma", "f16c")
 AVX512 = (*AVX2, *"avx512f avx512bw avx512dq avx512vl".split())
@@ -53,7 +53,7 @@ class Library:
                     path = self._built(progress)
                     torch.ops.load_library(str(path))
                     self._path = path
-                except (Unavailable, OSError, subprocess.SubprocessError) as error:
+                except (Unavailable, OSError, RuntimeError, subprocess.SubprocessError) as error:
                     cause = error.__cause__ or error
                     self._why_not = " ".join(str(cause).split())
             return self._path

@@ -94,8 +94,12 @@ def _look_4bit(headers: Headers, kind: str, read: Read) -> Stored:
     check_dtype(weight, "U8")
     check_shape(weight, (-(-count // 2), 1))
     if "nested_absmax" in headers:
-        if "nested_map" not in headers or not isinstance(state.get("nested_blocksize"), int):
-            raise ValueError(f"{weight.name} needs nested_quant_map and nested_blocksize beside it")
+        inside, offset = state.get("nested_blocksize"), state.get("nested_offset")
+        is_complete = isinstance(inside, int) and inside > 0 and isinstance(offset, int | float)
+        if "nested_map" not in headers or not is_complete:
+            raise ValueError(
+                f"{weight.name} needs nested_quant_map, nested_blocksize and nested_offset beside it"
+            )
         check_dtype(headers["absmax"], "U8")
         check_shape(headers["nested_map"], (256,))
         check_shape(headers["nested_absmax"], (-(-num_blocks // state["nested_blocksize"]),))
