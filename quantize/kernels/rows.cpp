@@ -24,7 +24,7 @@ namespace packed {
 namespace {
 
 constexpr int64_t PREFETCH_BYTES = 2048;
-constexpr int64_t TASK_BYTES = 64 << 10;  // of weights that a thread takes at a time
+constexpr int64_t TASK_BYTES = 256 << 10;  // of weights that a thread takes at a time
 
 constexpr float INTEGERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr float MXFP4[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.f, -.5, -1, -1.5, -2, -3, -4, -6};
@@ -186,7 +186,15 @@ void multiply_tiles(const Op& op, const Weight& w, const Activations<Op>& x, int
   for (int i = 0; i < T * M; ++i) store(out + i * TILE, splat(0));
   const int64_t per_group = w.chunks_per_group();
   const int32_t* words = x.words.data();
+  // What lies ahead of the end of these tiles is the beginning of the next T.
+  const int64_t row_bytes = w.num_chunks * CHUNK_BYTES, to_next = (T - 1) * row_bytes;
+  const int64_t scale_row = w.num_groups * TILE * w.scale_bytes();
+  const int64_t scales_ahead = PREFETCH_BYTES * scale_row / row_bytes + CHUNK_BYTES;
   for (int64_t g = 0; g < w.num_groups; ++g) {
+    int64_t ahead = g * TILE * w.scale_bytes() + scales_ahead;
+    ahead += ahead < scale_row ? 0 : (T - 1) * scale_row;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) _mm_prefetch(w.scales + tiles[t] * scale_row + ahead, _MM_HINT_T0);
     typename Op::Sum sums[T][M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -198,9 +206,11 @@ void multiply_tiles(const Op& op, const Weight& w, const Activations<Op>& x, int
     const int64_t stop = std::min((g + 1) * per_group, w.num_chunks);
     for (int64_t c = g * per_group; c < stop; ++c, words += M * Op::WORDS) {
       typename Op::Chunk chunks[T];
+      int64_t beyond = c * CHUNK_BYTES + PREFETCH_BYTES;
+      beyond += beyond < row_bytes ? 0 : to_next;
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        _mm_prefetch(values[t] + c * CHUNK_BYTES + PREFETCH_BYTES, _MM_HINT_T0);
+        _mm_prefetch(values[t] + beyond, _MM_HINT_T0);
         chunks[t] = op.read(values[t] + c * CHUNK_BYTES);
       }
 #pragma GCC unroll 8
