@@ -70,8 +70,8 @@ def check_plan(source: Checkpoint, quant: QuantPlan | str | None) -> QuantPlan |
         )
     if source.is_quantized:
         raise ValueError(
-            f"{source.folder.name} is quantized already ({source.quantized_as}): leave out quant, "
-            'or give "none" to have plain numbers'
+            f"{source.folder.name} is quantized already ({source.quantized_as}): use it as it is, "
+            "or make it plain first with gptfast convert --to hf"
         )
     return quant
 

@@ -173,6 +173,7 @@ def test_quantized_weights_are_counted_as_they_are(
     _, planned = info(capsys, plain, "--quant", "int4", "--group-size", "16")
     lines, stored = info(capsys, tmp_path / "own")
     assert planned["weights_bytes"] == stored["weights_bytes"] == in_groups * 5 // 8 + rest
-    assert planned["quantized"] is None and lines["quantized"] == "rtn, int4-g16, int8"
+    assert planned["quantized"] == "int4-g16, head int8"
+    assert lines["quantized"] == "rtn, int4-g16, int8"
     _, widened = info(capsys, tmp_path / "own", "--quant", "none")
     assert widened["weights_bytes"] == info(capsys, plain)[1]["weights_bytes"]

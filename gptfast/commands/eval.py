@@ -215,10 +215,11 @@ def _run_text(args: argparse.Namespace) -> int:
     reference = _find_reference(args, folder)
     if reference is not None:
         check_comparable(config, read_config(reference)[0])
+    if load_tokenizer(folder) is None:  # before the weights are read
+        raise ValueError(f"{folder} has no tokenizer, and --text is text; add its tokenizer files")
     args.max_seq_len = plan.window
     llm = load_llm(args, batch_size=1)
-    if llm.tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer, and --text is text; add its tokenizer files")
+    assert llm.tokenizer is not None
     texts = plan.encode(llm.tokenizer)
     windows = plan.windows(texts, beginning_of(llm.tokenizer))
     num_bytes = [length for ids in texts for length in token_lengths(llm.tokenizer, ids)]

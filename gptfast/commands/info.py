@@ -18,6 +18,7 @@ from gptfast.engine import check_sizes
 from gptfast.families import FAMILIES
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.loading import weight_bytes
+from gptfast.quantization import QuantPlan
 from gptfast.tokenizer import load_tokenizer
 
 # Lines that are only printed where there is something to say.
@@ -82,7 +83,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     check_sizes(config, args.batch_size, args.max_seq_len)
     context = args.max_seq_len or config.max_seq_len
     device = parse_device(args.device)
-    weights = weight_bytes(checkpoint, dtype, device, chosen_quant(args))
+    quant = chosen_quant(args)
+    weights = weight_bytes(checkpoint, dtype, device, quant)
     parse_kv_cache_dtype(args.kv_cache_dtype, device)
     per_token = cache_bytes_per_token(config, dtype, args.kv_cache_dtype)
     cache = args.batch_size * context * per_token
@@ -101,7 +103,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "rope": asdict(config.rope) if config.rope else None,
         "local_rope": asdict(config.local_rope) if config.local_rope else None,
         "dtype": str(dtype).removeprefix("torch."),
-        "quantized": checkpoint.quantized_as or None,
+        "quantized": checkpoint.quantized_as
+        or (quant.name if isinstance(quant, QuantPlan) else None),
         "kv_cache_dtype": None if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
         "tokenizer": f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens"
         if tokenizer

@@ -18,7 +18,7 @@ from gptfast.calibration import (
     calibration_ids,
     read_documents,
 )
-from gptfast.checkpoint import read_config
+from gptfast.checkpoint import inspect, read_config
 from gptfast.commands.eval import read_text
 from gptfast.device import DTYPES, format_bytes, parse_device
 from gptfast.evaluation import (
@@ -31,7 +31,8 @@ from gptfast.evaluation import (
     strided,
 )
 from gptfast.hub import find_model
-from gptfast.loading import load
+from gptfast.loading import check_plan, load
+from gptfast.new_folder import check_places
 from gptfast.quantization import QuantPlan, quant_plan
 from gptfast.quantize_checkpoint import Quantized, quantize_checkpoint
 from gptfast.tokenizer import Tokenizer, load_tokenizer
@@ -151,6 +152,9 @@ def run(args: argparse.Namespace) -> int:
     plan, make = _plan(args), METHODS[args.method]
     method = None if make is None else make(args)
     source, device = find_model(args.source, args.revision), parse_device(args.device)
+    # Before a text is read, perhaps from stdin.
+    check_places(source, Path(os.path.abspath(os.path.expanduser(args.out))), (), args.force)
+    check_plan(inspect(source), plan)
     tokenizer = load_tokenizer(source)
     windows = None if args.eval is None else _windows(args, source, tokenizer)
     ids = None if method is None else _calibration(args, source, tokenizer)
@@ -239,7 +243,7 @@ def _perplexity(part: Perplexity) -> str:
 
 
 def _progress_bar(items: Iterable[Any]) -> Iterable[Any]:
-    return tqdm(items, desc="Quantizing", unit="block", leave=False)
+    return tqdm(items, desc="Quantizing", unit="part", delay=1.0, leave=False)
 
 
 def _eval_bar(items: Iterable[Any]) -> Iterable[Any]:
