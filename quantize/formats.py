@@ -47,9 +47,7 @@ class Format:
         if self.kind == "mxfp4" and self.group_size != BLOCK_SIZE:
             raise ValueError(f"mxfp4 has blocks of {BLOCK_SIZE}")
         size = self.group_size
-        if size is not None and (
-            not SMALLEST_GROUP <= size <= LARGEST_GROUP or size & (size - 1)
-        ):
+        if size is not None and (not SMALLEST_GROUP <= size <= LARGEST_GROUP or size & (size - 1)):
             raise ValueError(
                 f"group size {size} is not usable; a power of two from {SMALLEST_GROUP} to "
                 f"{LARGEST_GROUP} is"
