@@ -98,7 +98,7 @@ def _look_4bit(headers: Headers, kind: str, read: Read) -> Stored:
         is_complete = isinstance(inside, int) and inside > 0 and isinstance(offset, int | float)
         if "nested_map" not in headers or not is_complete:
             raise ValueError(
-                f"{weight.name} needs nested_quant_map, nested_blocksize and nested_offset beside it"
+                f"{weight.name} needs nested_quant_map, nested_blocksize and nested_offset"
             )
         check_dtype(headers["absmax"], "U8")
         check_shape(headers["nested_map"], (256,))
