@@ -38,11 +38,12 @@ decode() { # decode NAME SECONDS SHAPE OPTIONS...
 }
 
 step device 30 "$PY" -c "import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))"
-decode 1b-eager 45 llama-3.2-1b --rounds 3
-decode 1b-compile 75 llama-3.2-1b --compile
+decode 1b-eager 30 llama-3.2-1b --rounds 3
+decode 1b-compile 65 llama-3.2-1b --compile
+decode 1b-int4-compile 45 llama-3.2-1b --compile --quant int4 --rounds 3
 decode 8b-compile 85 llama-3.1-8b --compile
-decode experts-compile 70 qwen3-30b-a3b --num-layers 16 --compile --rounds 3
+decode experts-compile 60 qwen3-30b-a3b --num-layers 16 --compile --rounds 3
 step tests 140 "$PY" -m pytest -q -m gpu
-step startup 90 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
+step startup 80 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
 echo "== $failed steps failed"
 exit "$failed"

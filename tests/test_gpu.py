@@ -15,6 +15,7 @@ from gptfast.engine import Engine
 from gptfast.families import FAMILIES, model_config
 from gptfast.kernels.attention import attention, attention_reference
 from gptfast.llm import LLM
+from gptfast.quantization import quant_plan
 from gptfast.sampling import SamplingParams
 from gptfast.shapes import random_model
 from quantize.grouped import grouped_linear, grouped_linear_reference
@@ -97,6 +98,42 @@ def test_tokens_equal_the_cpu_alone_and_in_a_batch(tmp_path: Path, make, compile
         llm = LLM(folder, device="cuda", dtype="fp32", batch_size=rows, compile=compile)
         found = llm.generate(prompts, GREEDY)
         assert [output.token_ids for output in found] == [o.token_ids for o in expected]
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4-g16-asym", "mxfp4", "fp8", "int8-dynamic"])
+def test_quantized_weights_equal_the_cpu(tmp_path: Path, quant):
+    """Rounded on each device; fp8 is multiplied here and dequantized there."""
+    folder = tiny_llama(tmp_path)
+    text = torch.randint(3, 96, (30,)).tolist()
+    here, there = (LLM(folder, device=d, dtype="fp32", quant=quant) for d in ("cuda", "cpu"))
+    torch.testing.assert_close(here.logits(text), there.logits(text), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_quantized_experts_run_in_one_graph(name):
+    config = model_config(raw_config(next(case for case in CASES if case.startswith(name))))
+    model = random_model(config, torch.float32, "cuda", quant=quant_plan("int4", 16))
+    results = []
+    for compile in (False, True):
+        engine = Engine(model, 2, compile=compile)
+        engine.submit(list(range(3, 20)), SamplingParams(temperature=0, max_new_tokens=8))
+        tokens = []
+        while engine.has_work:
+            tokens += [t for event in engine.step() for t in event.token_ids]
+        results.append(tokens)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+def test_caches_of_8_bits_equal_the_cpu(tmp_path: Path, cache):
+    folder = tiny_llama(tmp_path)
+    text = torch.randint(3, 96, (30,)).tolist()
+    here, there = (
+        LLM(folder, device=d, dtype="fp32", kv_cache_dtype=cache, compile=d == "cuda")
+        for d in ("cuda", "cpu")
+    )
+    torch.testing.assert_close(here.logits(text), there.logits(text), rtol=1e-2, atol=1e-2)
+    assert len(here.generate([text[:10]], GREEDY)[0].token_ids) == 40
 
 
 def test_a_graph_for_every_bound_and_plan_and_none_is_captured_twice(tmp_path: Path):
