@@ -23,6 +23,7 @@ from gptfast.loading import load, weight_bytes
 from gptfast.model import Transformer
 from gptfast.quantization import QuantPlan, quant_plan
 from quantize.formats import Format
+from quantize.kernels.cpu import PackedQuantizedLinear
 from quantize.rounding import round_to_nearest
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
@@ -301,6 +302,35 @@ def test_experts_are_quantized_each(tmp_path: Path) -> None:
     model = load(folder, "fp32", quant=quant_plan("int4", 16))
     assert "blocks.0.mlp.expert_down" in model.formats
     assert not any("router" in name for name in model.formats)
+
+
+def test_a_gate_of_one_row_is_left_alone(tmp_path: Path) -> None:
+    name = next(case for case in cases_of("qwen2_moe"))
+    model = load(write_checkpoint(tmp_path / "model", name), "fp32", quant=quant_plan("int4", 16))
+    gates = [name for name, _ in model.named_modules() if name.endswith("shared_gate")]
+    assert gates and not set(gates) & model.formats.keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_that_a_step_reads(tmp_path: Path, tied: bool) -> None:
+    """Each quantized weight, its scales and the norms; of the embedding nothing, tied or not, since
+    the head is quantized apart.
+    """
+    folder = tiny_llama(tmp_path / "model", tie_word_embeddings=tied)
+    model = load(folder, quant=quant_plan("int4", 16))
+    stored = sum(model.get_submodule(name).weight_bytes for name in model.formats)
+    assert model.bytes_per_step == stored + 5 * 32 * 4
+
+
+def test_what_runs_otherwise_than_asked_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    [note] = LLM(folder, device="cpu", quant="fp8").notes
+    assert "fp8 runs on CUDA" in note and "float32" in note
+    monkeypatch.setattr(PackedQuantizedLinear, "supports", staticmethod(lambda *facts: False))
+    notes = LLM(folder, device="cpu", quant="int4").notes
+    assert len(notes) == 2 and all("has no kernel here" in note for note in notes)
 
 
 def test_a_fresh_process_needs_only_the_new_folder(tmp_path: Path) -> None:
