@@ -8,7 +8,7 @@ appears under the final name before everything is on the disk.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -104,15 +104,12 @@ def convert(
         raise ValueError(f"a quantized model is written for gptfast only, not for {to!r}")
     job = _Job(checkpoint, raw, chosen or checkpoint.dtype, to == "gptfast", plan)
     beside = companions(source)
+    place = checkpoint.tensors.folder
     with new_folder(out, overwrite) as folder:
         check_space(out.parent, job.num_bytes + sum(path.stat().st_size for path in beside))
-        for path in beside:
-            target = folder / path.relative_to(checkpoint.tensors.folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-        (folder / "config.json").write_text(json.dumps(job.config(), indent=2) + "\n")
-        write_tensors(folder, job.stored(), job.tensors(progress), shard_bytes)
-        inspect(folder)  # what was written is what will be read
+        write_checkpoint(
+            folder, place, beside, job.config(), job.stored(), job.tensors(progress), shard_bytes
+        )
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.model", "*.tiktoken")
     return Conversion(
         folder=out,
@@ -122,6 +119,32 @@ def convert(
         left_out=left_out,
         has_tokenizer=any(fnmatchcase(p.name, t) for p in beside for t in tokenizers),
     )
+
+
+def write_checkpoint(
+    folder: Path,
+    source: Path,
+    beside: Sequence[Path],
+    config: Mapping[str, Any],
+    stored: Mapping[str, Stored],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int | None = None,
+) -> None:
+    """Fills a new folder: the files `beside` the weights of `source`, config.json and tensors."""
+    for path in beside:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_tensors(folder, stored, tensors, shard_bytes)
+    inspect(folder)  # what was written is what will be read
+
+
+def own_config(
+    checkpoint: Checkpoint, raw: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The config.json of a checkpoint under our own names."""
+    return _Job(checkpoint, raw, dtype, own=True).config()
 
 
 def _read(

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from gptfast.calibrated import Method, Note, Weights, of_block, put_numbers, quantize_ends
 from gptfast.checkpoint import Checkpoint, Progress, check_tied_head, empty_model, inspect
-from gptfast.convert import _Job, convert
+from gptfast.convert import convert, own_config, write_checkpoint
 from gptfast.device import check_fits, parse_dtype
 from gptfast.loading import check_plan, read_parameters
 from gptfast.new_folder import check_places, check_space, companions, new_folder
 from gptfast.quantization import QuantPlan, put
-from gptfast.shards import Stored, write_tensors
+from gptfast.shards import Stored
 from gptfast.stored import order_name, quantization_config, read_weight, tensors_of
 from gptfast.tensor_files import DTYPES, TensorFiles, read_json
 from gptfast.walk import Walk
@@ -151,14 +151,10 @@ class _Run:
         num_bytes = sum(entry.num_bytes for entry in stored.values())
         beside = companions(self.source.folder)
         with new_folder(out, overwrite) as folder:
-            check_space(out.parent, num_bytes)
-            for path in beside:
-                target = folder / path.relative_to(self.source.folder)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
-            (folder / "config.json").write_text(json.dumps(self._config(), indent=2) + "\n")
-            write_tensors(folder, stored, ((name, files.tensor(name)) for name in stored))
-            inspect(folder)  # what was written is what will be read
+            check_space(out.parent, num_bytes + sum(path.stat().st_size for path in beside))
+            tensors = ((name, files.tensor(name)) for name in stored)
+            place = self.source.folder
+            write_checkpoint(folder, place, beside, self._config(), stored, tensors)
         shutil.rmtree(work.folder)
         return num_bytes
 
@@ -211,7 +207,7 @@ class _Run:
 
     def _config(self) -> dict[str, Any]:
         raw = read_json(self.source.folder / "config.json")
-        config = _Job(self.source, raw, self.dtype, True).config()
+        config = own_config(self.source, raw, self.dtype)
         details = {
             **self.method.details,
             "calibration_samples": self.ids.size(0),

@@ -28,4 +28,4 @@ class MXFP4Reader(Reader):
         pass
 
     def look(self, module: str, headers: Headers, read: Read) -> Stored:
-        raise NotImplementedError("nothing has a role")
+        raise AssertionError(f"{module} has a role, and none is known")
