@@ -2,10 +2,12 @@
 oneDNN. Prepacking has its home here.
 """
 
+import ctypes
 import itertools
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # oneDNN's packed tensors cannot be inputs of a compiled graph, so graphs carry a number that stands
@@ -23,6 +25,27 @@ def keep_packed(owner: object, weight: Tensor) -> int:
     return handle
 
 
+def blocked_address(handle: int, weight: Tensor) -> int:
+    """Where the numbers of the packed `weight` [N, K] lie as kernels of our own read them too (see
+    blocked_product in kernels.h); 0 where oneDNN has chosen another layout.
+    """
+    rows, columns = weight.shape
+    blocks, pairs = -(-rows // 64), -(-columns // 32) * 16
+    packed = packed_weight(handle)
+    if torch.ops.mkldnn._nbytes(packed) != blocks * pairs * 64 * 4:
+        return 0
+    address = torch.ops.mkldnn.data_ptr(packed)
+    words = (ctypes.c_uint16 * (blocks * pairs * 128)).from_address(address)
+    stored = torch.frombuffer(words, dtype=torch.bfloat16).view(blocks, pairs, 64, 2)
+    for block in (0, blocks - 1):
+        part = weight[block * 64 : block * 64 + 64]
+        expected = F.pad(part, (0, 2 * pairs - columns, 0, 64 - len(part)))
+        expected = expected.view(64, pairs, 2).transpose(0, 1)
+        if not torch.equal(stored[block].view(torch.int16), expected.view(torch.int16)):
+            return 0
+    return address
+
+
 def packed_weight(handle: int) -> Tensor:
     """The packed tensor that a handle stands for."""
     return _packed_weights[handle]
@@ -37,6 +60,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         handle = keep_packed(self, linear.weight.detach())
+        self.address = blocked_address(handle, linear.weight.detach())
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight_bytes = linear.weight.nbytes
         self.bias = linear.bias

@@ -135,14 +135,14 @@ struct FloatOp : Decoder {
 struct IntegerSums {
   using Chunk = __m512i;
   using Element = int8_t;
-  using Sum = __m512i;
+  using Sum = __v16si;  // the type of the builtin: GCC keeps arrays of others in memory
   using Operand = __m512i;
   Chunk read(const uint8_t* chunk) const { return _mm512_loadu_si512(chunk); }
-  static Sum start(int32_t word) { return _mm512_set1_epi32(word); }
+  static Sum start(int32_t word) { return (Sum)_mm512_set1_epi32(word); }
   static Sum dot(Sum sum, Operand w, const int32_t* x) {
-    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(*x));
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, w, _mm512_set1_epi32(*x));
   }
-  static Floats floats(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+  static Floats floats(Sum sum) { return _mm512_cvtepi32_ps((__m512i)sum); }
 };
 
 struct NibblesDynamicOp : IntegerSums {

@@ -35,10 +35,14 @@ class Unavailable(Exception):
 
 
 class Library:
-    """Operators from C++ sources that register themselves with PyTorch when they are loaded."""
+    """Operators from C++ sources that register themselves with PyTorch when they are loaded. They
+    may include the headers of another library and call what it exports.
+    """
 
-    def __init__(self, name: str, folder: Path, sources: Sequence[str]) -> None:
-        self.name, self.folder, self.sources = name, folder, sources
+    def __init__(
+        self, name: str, folder: Path, sources: Sequence[str], needs: "Library | None" = None
+    ) -> None:
+        self.name, self.folder, self.sources, self.needs = name, folder, sources, needs
         self._lock = threading.Lock()
         self._path: Path | None = None
         self._why_not: str | None = None
@@ -66,8 +70,18 @@ class Library:
         if os.environ.get("GPTFAST_NO_KERNELS", "0") not in ("", "0"):
             raise Unavailable("GPTFAST_NO_KERNELS is set")
         compiler, flags = find_compiler(), [*FLAGS, *processor_flags()]
-        openmp = loaded_openmp()
-        path = cache_folder() / f"{self.name}-{self._key(compiler, flags + openmp)}.so"
+        linked = loaded_openmp()
+        # Linking with -fopenmp would bring the compiler's own runtime, a second pool of threads
+        # beside PyTorch's.
+        flags += ["-fopenmp"] if linked else []
+        if self.needs is not None:
+            base = self.needs.load(progress)
+            if base is None:
+                raise Unavailable(self.needs.why_not())
+            flags.append(f"-I{self.needs.folder}")
+            # Found beside this one, wherever both lie.
+            linked += [f"-L{base.parent}", f"-l:{base.name}", "-Wl,-rpath,$ORIGIN"]
+        path = cache_folder() / f"{self.name}-{self._key(compiler, flags + linked)}.so"
         if path.exists():
             return _checked(path)
         with open(path.with_suffix(".lock"), "w") as lock:
@@ -75,7 +89,7 @@ class Library:
             if not path.exists():
                 if progress is not None:
                     progress(f"compiling {self.name} for this processor (once)")
-                self._compile(compiler, flags, openmp, path)
+                self._compile(compiler, flags, linked, path)
         return _checked(path)
 
     def _key(self, compiler: list[str], options: list[str]) -> str:
@@ -88,16 +102,13 @@ class Library:
         return digest.hexdigest()[:32]
 
     def _compile(
-        self, compiler: list[str], flags: list[str], openmp: list[str], path: Path
+        self, compiler: list[str], flags: list[str], linked: list[str], path: Path
     ) -> None:
         """Every source in a process of its own, then all of them into `path` at once."""
         package = Path(torch.__file__).parent
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         include = ["-isystem", str(package / "include")]
         command = [*compiler, *flags, *include, abi, "-DAT_PER_OPERATOR_HEADERS"]
-        # Linking with -fopenmp would bring the compiler's own runtime, a second pool of threads
-        # beside PyTorch's.
-        command += ["-fopenmp"] if openmp else []
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             objects = [str(Path(work, source).with_suffix(".o")) for source in self.sources]
             _run_all(
@@ -105,7 +116,7 @@ class Library:
                 for source, output in zip(self.sources, objects, strict=True)
             )
             output = str(Path(work, "library.so"))
-            libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10", *openmp]
+            libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10", *linked]
             _run([*compiler, "-shared", *objects, *libraries, "-o", output])
             os.chmod(output, 0o700)  # whatever the umask lets others do
             os.replace(output, path)
@@ -204,4 +215,4 @@ def _run_all(commands: Iterable[list[str]]) -> list[str]:
     return outputs
 
 
-LINEAR = Library("quantized_linear", Path(__file__).parent, ("linear.cpp", "rows.cpp"))
+LINEAR = Library("quantized_linear", Path(__file__).parent, ("linear.cpp", "rows.cpp", "plain.cpp"))

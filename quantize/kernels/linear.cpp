@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "tensors.h"
 
 namespace {
 
@@ -24,8 +25,9 @@ Number number(at::ScalarType type) {
   return type == at::kHalf ? Number::float16 : Number::float32;
 }
 
-// `format` is a name of quantize/formats.py.
-Weight packed_weight(const Tensor& values, const Tensor& scales, const Maybe& zeros,
+}  // namespace
+
+Weight packed::packed_weight(const Tensor& values, const Tensor& scales, const std::optional<Tensor>& zeros,
                      const std::string& format, int64_t num_rows, int64_t num_columns) {
   Weight w{};
   w.mxfp4 = format.rfind("mxfp4", 0) == 0;
@@ -54,6 +56,8 @@ Weight packed_weight(const Tensor& values, const Tensor& scales, const Maybe& ze
                                            : std::stoll(format.substr(at + 2));
   return w;
 }
+
+namespace {
 
 void parallel(int64_t count, const packed::Body& body) { at::parallel_for(0, count, 1, body); }
 
@@ -86,8 +90,10 @@ void multiply(const Tensor& x, const Weight& w, const Maybe& bias, Tensor y) {
   }
   Maybe wide;
   if (bias) wide = bias->to(at::kFloat).contiguous();
-  packed::multiply(w, number(x.scalar_type()), x.const_data_ptr(), x.size(0),
-                   wide ? wide->const_data_ptr<float>() : nullptr, y.mutable_data_ptr(),
+  const Number type = number(x.scalar_type());
+  const auto product =
+      packed::quantized_product(w, type, wide ? wide->const_data_ptr<float>() : nullptr);
+  packed::multiply(*product, type, x.const_data_ptr(), x.size(0), y.mutable_data_ptr(),
                    at::get_num_threads(), parallel);
 }
 
@@ -101,7 +107,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& scales, const
     const Tensor wide = x.to(at::kFloat);
     return linear(wide, values, scales, zeros, bias, out_features, format).to(x.scalar_type());
   }
-  const Weight w = packed_weight(values, scales, zeros, format, out_features, x.size(-1));
+  const Weight w = packed::packed_weight(values, scales, zeros, format, out_features, x.size(-1));
   auto shape = x.sizes().vec();
   shape.back() = out_features;
   const Tensor y = at::empty(shape, x.options());
@@ -117,7 +123,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& values, const Tensor& scale
     return grouped_linear(wide, values, scales, zeros, bias, ends, out_features, format)
         .to(x.scalar_type());
   }
-  Weight w = packed_weight(values, scales, zeros, format, out_features, x.size(-1));
+  Weight w = packed::packed_weight(values, scales, zeros, format, out_features, x.size(-1));
   const int64_t value_bytes = w.num_tiles * w.num_chunks * packed::CHUNK_BYTES;
   const int64_t scale_bytes = w.num_tiles * w.num_groups * packed::TILE * w.scale_bytes();
   const Tensor rows = x.contiguous(), stops = ends.to(at::kLong).contiguous();

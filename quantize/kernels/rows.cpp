@@ -105,34 +105,47 @@ struct Activations {
   static_assert(BYTES == 4 * Op::WORDS);
   std::vector<int32_t> words, starts;
   std::vector<float> sums, token_scales;
+  int64_t num_rows = 0;
 
-  // x [given, K]; rows beyond them are zero.
-  Activations(const Weight& w, Number type, const char* x, int64_t given, int64_t num_rows)
-      : words(w.num_chunks * num_rows * Op::WORDS),
-        starts(w.num_groups * num_rows),
-        sums(w.num_groups * num_rows),
-        token_scales(num_rows, 1.0f) {
-    const int64_t width = w.num_chunks * Op::COLUMNS, stride = w.num_columns * (type == Number::float32 ? 4 : 2);
-    std::vector<float> row(width + 16);
-    std::vector<Element> elements(width + 16);
-    for (int64_t m = 0; m < given; ++m) {
-      to_floats(type, x + m * stride, w.num_columns, row.data());
-      if constexpr (INTEGER) {
-        const float scale = std::max(largest(row.data(), w.num_columns), 1e-30f) / 127;
-        token_scales[m] = scale;
-        to_integers(row.data(), w.num_columns, scale, elements.data());
-      } else if constexpr (sizeof(Element) == 2) {
-        to_words(row.data(), w.num_columns, elements.data());
-      }
-      if constexpr (sizeof(Element) == 4) lay_out(row.data(), w.num_chunks, m, num_rows);
-      else lay_out(elements.data(), w.num_chunks, m, num_rows);
-      if (!w.zeros && Op::OFFSET == 0) continue;
-      if constexpr (INTEGER) add_up(w, elements.data(), m, num_rows);
-      else add_up(w, row.data(), m, num_rows);
+  // Of `given` rows, which set_row sets, and beyond them zeros up to `rows`.
+  void begin(const Weight& w, int64_t given, int64_t rows) {
+    num_rows = rows;
+    words.resize(w.num_chunks * rows * Op::WORDS);
+    starts.resize(w.num_groups * rows);
+    sums.resize(w.num_groups * rows);
+    token_scales.assign(rows, 1.0f);
+    if (given < rows) {
+      std::fill(words.begin(), words.end(), 0);
+      std::fill(starts.begin(), starts.end(), 0);
+      std::fill(sums.begin(), sums.end(), 0.0f);
     }
   }
 
-  void lay_out(const Element* row, int64_t num_chunks, int64_t m, int64_t num_rows) {
+  // x [K]
+  void set_row(const Weight& w, Number type, const void* x, int64_t m) {
+    const int64_t width = w.num_chunks * Op::COLUMNS;
+    thread_local std::vector<float> row;
+    thread_local std::vector<Element> elements;
+    row.resize(std::max<size_t>(row.size(), width + 16));
+    elements.resize(std::max<size_t>(elements.size(), width + 16));
+    to_floats(type, x, w.num_columns, row.data());
+    std::fill(row.begin() + w.num_columns, row.begin() + width, 0.0f);
+    std::fill(elements.begin() + w.num_columns, elements.begin() + width, 0);
+    if constexpr (INTEGER) {
+      const float scale = std::max(largest(row.data(), w.num_columns), 1e-30f) / 127;
+      token_scales[m] = scale;
+      to_integers(row.data(), w.num_columns, scale, elements.data());
+    } else if constexpr (sizeof(Element) == 2) {
+      to_words(row.data(), w.num_columns, elements.data());
+    }
+    if constexpr (sizeof(Element) == 4) lay_out(row.data(), w.num_chunks, m);
+    else lay_out(elements.data(), w.num_chunks, m);
+    if (!w.zeros && Op::OFFSET == 0) return;
+    if constexpr (INTEGER) add_up(w, elements.data(), m);
+    else add_up(w, row.data(), m);
+  }
+
+  void lay_out(const Element* row, int64_t num_chunks, int64_t m) {
     char* to = reinterpret_cast<char*>(words.data()) + m * BYTES;
     const char* from = reinterpret_cast<const char*>(row);
     const int64_t stride = num_rows * BYTES;
@@ -158,7 +171,7 @@ struct Activations {
   }
 
   template <class Value>
-  void add_up(const Weight& w, const Value* row, int64_t m, int64_t num_rows) {
+  void add_up(const Weight& w, const Value* row, int64_t m) {
     const int64_t width = w.num_chunks * Op::COLUMNS;
     for (int64_t g = 0; g < w.num_groups; ++g) {
       const int64_t start = g * w.group_size;
@@ -280,35 +293,60 @@ void put(const Weight& w, Number type, const float* sums, float token_scale, con
   std::memcpy(to, part, count * size);
 }
 
-// As many rows of x as there is a kernel for.
+// Rows are multiplied as many at a time as there is a kernel for.
 template <class Op>
-int64_t multiply_rows(const Weight& w, Number type, const char* x, int64_t num_rows,
-                      const float* bias, char* y, int64_t num_threads, const Parallel& parallel) {
-  const auto kernel = kernel_for<Op>(num_rows, RowCounts());
-  num_rows = std::min<int64_t>(num_rows, kernel.rows);
-  const Op op(w.mxfp4 ? MXFP4 : INTEGERS);
-  const Activations<Op> activations(w, type, x, num_rows, kernel.rows);
-  const int64_t bytes = kernel.tiles * w.num_chunks * CHUNK_BYTES;
-  const int64_t fair = (w.num_tiles + num_threads * kernel.tiles - 1) / (num_threads * kernel.tiles);
-  const int64_t step = std::clamp<int64_t>(TASK_BYTES / bytes, 1, fair) * kernel.tiles;
-  std::atomic<int64_t> next{0};
-  parallel(num_threads, [&](int64_t, int64_t) {
+class QuantizedProduct : public Product {
+ public:
+  QuantizedProduct(const Weight& weight, Number number, const float* added)
+      : w(weight), type(number), bias(added), op(w.mxfp4 ? MXFP4 : INTEGERS) {
+    num_rows = w.num_rows;
+    num_columns = w.num_columns;
+    num_units = (w.num_tiles + UNIT_TILES - 1) / UNIT_TILES;
+    unit_bytes = UNIT_TILES * w.num_chunks * CHUNK_BYTES;
+    start = w.values;
+  }
+
+  void begin(int64_t count) override {
+    kernel = kernel_for<Op>(count, RowCounts());
+    given = count;
+    parts.resize((count + kernel.rows - 1) / kernel.rows);
+    for (auto& part : parts) {
+      part.begin(w, std::min<int64_t>(count, kernel.rows), kernel.rows);
+      count -= kernel.rows;
+    }
+  }
+
+  void set_row(int64_t row, const void* x) override {
+    parts[row / kernel.rows].set_row(w, type, x, row % kernel.rows);
+  }
+
+  void run(int64_t first, int64_t last, void* y) const override {
     alignas(64) float out[MAX_SUMS * TILE];
-    for (int64_t start = next.fetch_add(step); start < w.num_tiles; start = next.fetch_add(step)) {
-      const int64_t stop = std::min(start + step, w.num_tiles);
-      for (int64_t tile = start; tile < stop; tile += kernel.tiles) {
-        kernel.run(op, w, activations, tile, out);
+    const int64_t stop = std::min(last * UNIT_TILES, w.num_tiles);
+    for (int64_t tile = first * UNIT_TILES; tile < stop; tile += kernel.tiles) {
+      for (size_t p = 0; p < parts.size(); ++p) {
+        kernel.run(op, w, parts[p], tile, out);
+        const int64_t count = std::min<int64_t>(given - p * kernel.rows, kernel.rows);
         for (int64_t t = 0; t < std::min<int64_t>(kernel.tiles, stop - tile); ++t) {
-          for (int64_t m = 0; m < num_rows; ++m) {
-            put(w, type, out + (t * kernel.rows + m) * TILE, activations.token_scales[m], bias,
-                tile + t, y, m);
+          for (int64_t m = 0; m < count; ++m) {
+            put(w, type, out + (t * kernel.rows + m) * TILE, parts[p].token_scales[m], bias,
+                tile + t, static_cast<char*>(y), p * kernel.rows + m);
           }
         }
       }
     }
-  });
-  return num_rows;
-}
+  }
+
+ private:
+  static constexpr int64_t UNIT_TILES = 4;
+  const Weight w;
+  const Number type;
+  const float* const bias;
+  const Op op;
+  Kernel<Op> kernel{};
+  int64_t given = 0;
+  std::vector<Activations<Op>> parts;
+};
 
 // ---- dequantization ----
 
@@ -349,21 +387,39 @@ void dequantize_tiles(const Weight& w, Number type, int64_t first, int64_t last,
 
 }  // namespace
 
-void multiply(const Weight& w, Number type, const void* x, int64_t num_rows, const float* bias,
-              void* y, int64_t num_threads, const Parallel& parallel) {
+std::unique_ptr<Product> quantized_product(const Weight& w, Number type, const float* bias) {
+  const auto make = [&]<class Op>() -> std::unique_ptr<Product> {
+    return std::make_unique<QuantizedProduct<Op>>(w, type, bias);
+  };
   const bool wide = type == Number::float32;
-  const auto run = w.dynamic   ? w.nibbles ? multiply_rows<NibblesDynamicOp>
-                                           : multiply_rows<BytesDynamicOp>
-                   : w.nibbles ? wide ? multiply_rows<FloatOp<Nibbles>>
-                                      : multiply_rows<Bfloat16Op<Nibbles>>
-                   : wide      ? multiply_rows<FloatOp<Bytes>>
-                               : multiply_rows<Bfloat16Op<Bytes>>;
-  const auto from = static_cast<const char*>(x);
-  const auto to = static_cast<char*>(y);
-  const int64_t size = wide ? 4 : 2;
-  for (int64_t done = 0; done < num_rows;) {
-    done += run(w, type, from + done * w.num_columns * size, num_rows - done, bias,
-                to + done * w.num_rows * size, num_threads, parallel);
+  if (w.dynamic && w.nibbles) return make.operator()<NibblesDynamicOp>();
+  if (w.dynamic) return make.operator()<BytesDynamicOp>();
+  if (w.nibbles && wide) return make.operator()<FloatOp<Nibbles>>();
+  if (w.nibbles) return make.operator()<Bfloat16Op<Nibbles>>();
+  if (wide) return make.operator()<FloatOp<Bytes>>();
+  return make.operator()<Bfloat16Op<Bytes>>();
+}
+
+void multiply(Product& product, Number type, const void* x, int64_t num_rows, void* y,
+              int64_t num_threads, const Parallel& parallel) {
+  const int64_t size = type == Number::float32 ? 4 : 2;
+  const int64_t units = product.num_units;
+  const int64_t fair = (units + num_threads - 1) / num_threads;
+  const int64_t step = std::clamp<int64_t>(TASK_BYTES / product.unit_bytes, 1, fair);
+  const char* from = static_cast<const char*>(x);
+  char* to = static_cast<char*>(y);
+  for (int64_t done = 0; done < num_rows; done += MAX_ROWS) {
+    const int64_t count = std::min(num_rows - done, MAX_ROWS);
+    product.begin(count);
+    for (int64_t m = 0; m < count; ++m) {
+      product.set_row(m, from + (done + m) * product.num_columns * size);
+    }
+    std::atomic<int64_t> next{0};
+    parallel(num_threads, [&](int64_t, int64_t) {
+      for (int64_t unit = next.fetch_add(step); unit < units; unit = next.fetch_add(step)) {
+        product.run(unit, std::min(unit + step, units), to + done * product.num_rows * size);
+      }
+    });
   }
 }
 
