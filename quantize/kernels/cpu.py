@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from quantize.formats import Format, QuantizedWeight
 from quantize.grouped import product_by_group
 from quantize.kernels.build import LINEAR
+from quantize.kernels.pages import huge_empty
 from quantize.linear import round_activations
 from quantize.mxfp4 import SCALE_BIAS
 
 TILE_ROWS = 16  # rows of a weight that are read together
+STRIPE_TILES = 4  # tiles that lie side by side: memory is read fastest as one stream
+STRIPE_ROWS = STRIPE_TILES * TILE_ROWS
 LANE_BYTES = 4  # of a row, read together
 ACTIVATIONS = (torch.bfloat16, torch.float32)
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _Packed(nn.Module):
-    """`values` uint8 [..., tiles, chunks, 64]: for each sixteen rows, four bytes of each of them in
-    turn; `scales` and `zeros` [..., tiles, groups, 16].
+    """`values` uint8 [..., stripes, chunks, 4, 64]: of each stripe of 64 rows, four bytes of each of
+    them in turn; `scales` and `zeros` [..., stripes, groups, 4, 16].
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -129,17 +132,17 @@ class PackedQuantizedGroupedLinear(_Packed):
 
 
 def pack_values(weight: QuantizedWeight) -> Tensor:
-    """[..., N, K] -> [..., tiles, chunks, 64]."""
+    """[..., N, K] -> [..., stripes, chunks, 4, 64]."""
     stored = weight.values.view(torch.uint8)
     *front, num_rows, width = stored.shape
-    tiles, chunks = -(-num_rows // TILE_ROWS), -(-width // LANE_BYTES)
-    packed = stored.new_empty(*front, tiles, chunks, TILE_ROWS * LANE_BYTES)
-    if (num_rows, width) != (tiles * TILE_ROWS, chunks * LANE_BYTES):
-        pad = (0, chunks * LANE_BYTES - width, 0, tiles * TILE_ROWS - num_rows)
+    stripes, chunks = -(-num_rows // STRIPE_ROWS), -(-width // LANE_BYTES)
+    packed = huge_empty((*front, stripes, chunks, STRIPE_TILES, TILE_ROWS * LANE_BYTES), torch.uint8)
+    if (num_rows, width) != (stripes * STRIPE_ROWS, chunks * LANE_BYTES):
+        pad = (0, chunks * LANE_BYTES - width, 0, stripes * STRIPE_ROWS - num_rows)
         stored = F.pad(stored, pad)
     words = stored.contiguous().view(torch.int32)
-    words = words.view(*front, tiles, TILE_ROWS, chunks).transpose(-1, -2)
-    packed.view(torch.int32).copy_(words)
+    words = words.view(*front, stripes, STRIPE_ROWS, chunks).transpose(-1, -2)
+    packed.view(torch.int32).view(*words.shape).copy_(words)
     if not weight.format.in_nibbles:
         _exchange(packed, weight.format)
     return packed
@@ -153,7 +156,7 @@ def _exchange(packed: Tensor, form: Format) -> None:
         packed.bitwise_xor_(128)
     else:
         signed = packed.view(torch.int8)
-        for part in signed.flatten(0, -3):  # a tile: what is made on the way stays small
+        for part in signed.flatten(0, -4):  # a stripe: what is made on the way stays small
             part.bitwise_xor_((part >> 7) & 127)
 
 
@@ -168,13 +171,13 @@ def unpack(
     scale_dtype: torch.dtype | None = None,
 ) -> QuantizedWeight:
     """What was packed."""
-    *front, tiles, chunks, _ = values.shape
-    words = values.view(torch.int32).view(*front, tiles, chunks, TILE_ROWS).transpose(-1, -2)
-    stored = values.new_empty(*front, tiles * TILE_ROWS, chunks * LANE_BYTES)
-    stored.view(torch.int32).view(*front, tiles, TILE_ROWS, chunks).copy_(words)
+    *front, stripes, chunks, _, _ = values.shape
+    words = values.view(torch.int32).view(*front, stripes, chunks, STRIPE_ROWS).transpose(-1, -2)
+    stored = values.new_empty(*front, stripes * STRIPE_ROWS, chunks * LANE_BYTES)
+    stored.view(torch.int32).view(*front, stripes, STRIPE_ROWS, chunks).copy_(words)
     stored = stored[..., :num_rows, : form.values_width(num_columns)].contiguous()
     if not form.in_nibbles:
-        _exchange(stored.unsqueeze(0), form)
+        _exchange(stored[None, None, None], form)
     if form.kind == "mxfp4":
         scales = scales.view(torch.int16)
     own = _unpack_rows(scales, num_rows)
@@ -201,17 +204,19 @@ def _float_scales(scales: Tensor) -> Tensor:
 
 
 def _pack_rows(of_groups: Tensor) -> Tensor:
-    """[..., N, groups] -> [..., tiles, groups, 16]."""
+    """[..., N, groups] -> [..., stripes, groups, 4, 16]."""
     *front, num_rows, groups = of_groups.shape
-    tiles = -(-num_rows // TILE_ROWS)
-    padded = F.pad(of_groups, (0, 0, 0, tiles * TILE_ROWS - num_rows))
-    return padded.view(*front, tiles, TILE_ROWS, groups).transpose(-1, -2).contiguous()
+    stripes = -(-num_rows // STRIPE_ROWS)
+    padded = F.pad(of_groups, (0, 0, 0, stripes * STRIPE_ROWS - num_rows))
+    rows = padded.view(*front, stripes, STRIPE_ROWS, groups).transpose(-1, -2)
+    shape = (*front, stripes, groups, STRIPE_TILES, TILE_ROWS)
+    return huge_empty(shape, rows.dtype).copy_(rows.unflatten(-1, (STRIPE_TILES, TILE_ROWS)))
 
 
 def _unpack_rows(packed: Tensor, num_rows: int) -> Tensor:
     """The inverse."""
-    *front, tiles, groups, _ = packed.shape
-    rows = packed.transpose(-1, -2).reshape(*front, tiles * TILE_ROWS, groups)
+    *front, stripes, groups, _, _ = packed.shape
+    rows = packed.flatten(-2).transpose(-1, -2).reshape(*front, stripes * STRIPE_ROWS, groups)
     return rows[..., :num_rows, :].contiguous()
 
 

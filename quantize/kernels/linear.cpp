@@ -39,15 +39,16 @@ Weight packed::packed_weight(const Tensor& values, const Tensor& scales, const s
   w.scale_type = number(scales.scalar_type());
   w.num_rows = num_rows;
   w.num_columns = num_columns;
-  w.num_tiles = values.size(-3);
-  w.num_chunks = values.size(-2);
-  w.num_groups = scales.size(-2);
+  w.num_tiles = (num_rows + packed::TILE - 1) / packed::TILE;
+  w.num_chunks = values.size(-3);
+  w.num_groups = scales.size(-3);
   const int64_t per_chunk = w.nibbles ? 8 : 4;
   TORCH_CHECK_VALUE((num_columns + per_chunk - 1) / per_chunk == w.num_chunks, "x has ",
                     num_columns, " columns; the packed weight has ", w.num_chunks, " times ",
                     per_chunk);
-  TORCH_CHECK_VALUE((num_rows + packed::TILE - 1) / packed::TILE == w.num_tiles, num_rows,
-                    " rows do not fit ", w.num_tiles, " packed tiles of ", packed::TILE);
+  const int64_t stripes = values.size(-4), stripe_rows = packed::STRIPE * packed::TILE;
+  TORCH_CHECK_VALUE((num_rows + stripe_rows - 1) / stripe_rows == stripes, num_rows,
+                    " rows do not fit ", stripes, " packed stripes of ", stripe_rows);
   TORCH_CHECK_VALUE(!zeros || zeros->scalar_type() == scales.scalar_type(),
                     "zeros must have the dtype of the scales");
   const auto at = format.find("-g");
@@ -124,8 +125,9 @@ Tensor grouped_linear(const Tensor& x, const Tensor& values, const Tensor& scale
         .to(x.scalar_type());
   }
   Weight w = packed::packed_weight(values, scales, zeros, format, out_features, x.size(-1));
-  const int64_t value_bytes = w.num_tiles * w.num_chunks * packed::CHUNK_BYTES;
-  const int64_t scale_bytes = w.num_tiles * w.num_groups * packed::TILE * w.scale_bytes();
+  const int64_t tiles = values.size(-4) * packed::STRIPE;
+  const int64_t value_bytes = tiles * w.num_chunks * packed::CHUNK_BYTES;
+  const int64_t scale_bytes = tiles * w.num_groups * packed::TILE * w.scale_bytes();
   const Tensor rows = x.contiguous(), stops = ends.to(at::kLong).contiguous();
   const Tensor y = at::empty({x.size(0), out_features}, x.options());
   int64_t start = 0;

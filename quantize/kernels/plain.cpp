@@ -16,7 +16,7 @@
 namespace packed {
 namespace {
 
-constexpr int64_t AHEAD = 2048;  // bytes that are fetched before they are needed
+constexpr int64_t AHEAD = 2048;  // bytes of each stream that are fetched before they are needed
 
 inline Floats load_as(const float* p) { return load(p); }
 inline Floats load_as(const uint16_t* p) { return load_bfloat16(p); }
@@ -199,7 +199,7 @@ class BlockedProduct : public Product {
       __m512i weights[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(at + 16 * i) + 2 * AHEAD, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at + 16 * i) + 8 * AHEAD, _MM_HINT_T0);
         weights[i] = _mm512_loadu_si512(at + 16 * i);
       }
 #pragma GCC unroll 6

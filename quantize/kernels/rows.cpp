@@ -23,14 +23,14 @@
 namespace packed {
 namespace {
 
-constexpr int64_t PREFETCH_BYTES = 2048;
+constexpr int64_t PREFETCH_BYTES = 8192;  // ahead of what is read: a stripe is one stream
 constexpr int64_t TASK_BYTES = 256 << 10;  // of weights that a thread takes at a time
 
 constexpr float INTEGERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr float MXFP4[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.f, -.5, -1, -1.5, -2, -3, -4, -6};
 
 Floats factors(const Weight& w, const char* from, int64_t tile, int64_t group) {
-  const char* p = from + (tile * w.num_groups + group) * TILE * w.scale_bytes();
+  const char* p = from + w.factor(tile, group) * TILE * w.scale_bytes();
   if (w.scale_type == Number::bfloat16) return load_bfloat16(p);
   if (w.scale_type == Number::float16) return load_half(p);
   return load(reinterpret_cast<const float*>(p));
@@ -194,20 +194,17 @@ void multiply_tiles(const Op& op, const Weight& w, const Activations<Op>& x, int
   int64_t tiles[T];
   for (int t = 0; t < T; ++t) {
     tiles[t] = std::min(first + t, w.num_tiles - 1);
-    values[t] = w.values + tiles[t] * w.num_chunks * CHUNK_BYTES;
+    values[t] = w.chunk(tiles[t], 0);
   }
   for (int i = 0; i < T * M; ++i) store(out + i * TILE, splat(0));
   const int64_t per_group = w.chunks_per_group();
   const int32_t* words = x.words.data();
-  // What lies ahead of the end of these tiles is the beginning of the next T.
-  const int64_t row_bytes = w.num_chunks * CHUNK_BYTES, to_next = (T - 1) * row_bytes;
-  const int64_t scale_row = w.num_groups * TILE * w.scale_bytes();
-  const int64_t scales_ahead = PREFETCH_BYTES * scale_row / row_bytes + CHUNK_BYTES;
+  // As far ahead lie the scales of what is fetched.
+  const int64_t scale_bytes = TILE * w.scale_bytes();
+  const int64_t groups_ahead = PREFETCH_BYTES / (per_group * STRIPE * CHUNK_BYTES) + 1;
   for (int64_t g = 0; g < w.num_groups; ++g) {
-    int64_t ahead = g * TILE * w.scale_bytes() + scales_ahead;
-    ahead += ahead < scale_row ? 0 : (T - 1) * scale_row;
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) _mm_prefetch(w.scales + tiles[t] * scale_row + ahead, _MM_HINT_T0);
+    const char* scales = w.scales + w.factor(first, g + groups_ahead) * scale_bytes;
+    for (int i = 0; i < T * scale_bytes; i += 64) _mm_prefetch(scales + i, _MM_HINT_T0);
     typename Op::Sum sums[T][M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -219,12 +216,11 @@ void multiply_tiles(const Op& op, const Weight& w, const Activations<Op>& x, int
     const int64_t stop = std::min((g + 1) * per_group, w.num_chunks);
     for (int64_t c = g * per_group; c < stop; ++c, words += M * Op::WORDS) {
       typename Op::Chunk chunks[T];
-      int64_t beyond = c * CHUNK_BYTES + PREFETCH_BYTES;
-      beyond += beyond < row_bytes ? 0 : to_next;
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        _mm_prefetch(values[t] + beyond, _MM_HINT_T0);
-        chunks[t] = op.read(values[t] + c * CHUNK_BYTES);
+        const uint8_t* at = values[t] + c * STRIPE * CHUNK_BYTES;
+        _mm_prefetch(at + PREFETCH_BYTES, _MM_HINT_T0);
+        chunks[t] = op.read(at);
       }
 #pragma GCC unroll 8
       for (int d = 0; d < Op::WORDS; ++d) {
@@ -338,7 +334,7 @@ class QuantizedProduct : public Product {
   }
 
  private:
-  static constexpr int64_t UNIT_TILES = 4;
+  static constexpr int64_t UNIT_TILES = STRIPE;
   const Weight w;
   const Number type;
   const float* const bias;
@@ -368,7 +364,7 @@ void dequantize_tiles(const Weight& w, Number type, int64_t first, int64_t last,
       const int64_t end = std::min((g + 1) * per_group, w.num_chunks);
       for (int64_t c = g * per_group; c < end; ++c) {
         for (int64_t tile = start; tile < stop; ++tile) {
-          const auto chunk = op.read(w.values + (tile * w.num_chunks + c) * CHUNK_BYTES);
+          const auto chunk = op.read(w.chunk(tile, c));
           char* to = out + (tile - first) * TILE * size;
 #pragma GCC unroll 8
           for (int d = 0; d < Op::WORDS; ++d) {
