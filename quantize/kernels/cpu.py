@@ -26,8 +26,8 @@ SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _Packed(nn.Module):
-    """`values` uint8 [..., stripes, chunks, 4, 64]: of each stripe of 64 rows, four bytes of each of
-    them in turn; `scales` and `zeros` [..., stripes, groups, 4, 16].
+    """`values` uint8 [..., stripes, chunks, 4, 64]: of each stripe of 64 rows, four bytes of each
+    row in turn; `scales` and `zeros` [..., stripes, groups, 4, 16].
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -136,7 +136,8 @@ def pack_values(weight: QuantizedWeight) -> Tensor:
     stored = weight.values.view(torch.uint8)
     *front, num_rows, width = stored.shape
     stripes, chunks = -(-num_rows // STRIPE_ROWS), -(-width // LANE_BYTES)
-    packed = huge_empty((*front, stripes, chunks, STRIPE_TILES, TILE_ROWS * LANE_BYTES), torch.uint8)
+    shape = (*front, stripes, chunks, STRIPE_TILES, TILE_ROWS * LANE_BYTES)
+    packed = huge_empty(shape, torch.uint8)
     if (num_rows, width) != (stripes * STRIPE_ROWS, chunks * LANE_BYTES):
         pad = (0, chunks * LANE_BYTES - width, 0, stripes * STRIPE_ROWS - num_rows)
         stored = F.pad(stored, pad)

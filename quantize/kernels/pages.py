@@ -1,5 +1,5 @@
-"""Memory in huge pages, where Linux has them to give: weights that are read from end to end at every
-step cost a table lookup for each 4 KiB otherwise (measured: 5 to 15 % of the reading speed).
+"""Memory in huge pages, where Linux has them to give: weights that are read from end to end at
+every step cost a table lookup for each 4 KiB otherwise (measured: 5 to 15 % of the reading speed).
 """
 
 import ctypes
