@@ -69,7 +69,7 @@ def quantize_model(
     the sequence of blocks; `note` hears what did not go as planned.
     """
     if any(isinstance(module, PACKED) for module in model.modules()):
-        raise ValueError("the model's weights are packed for the CPU; quantize them before that")
+        raise ValueError("the model's weights are packed for its device; quantize them before that")
     formats = plan.formats(model)
     for form in formats.values():
         method.check(form)

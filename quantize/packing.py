@@ -8,6 +8,7 @@ from torch import nn
 from quantize.grouped import GroupedLinear, PackedGroupedLinear
 from quantize.kernels.build import LINEAR
 from quantize.kernels.cpu import PackedQuantizedGroupedLinear, PackedQuantizedLinear
+from quantize.kernels.cuda import CudaLinear, CudaQuantizedLinear, why_no_triton
 from quantize.linear import QuantizedGroupedLinear, QuantizedLinear
 from quantize.packed import PackedLinear
 
@@ -39,6 +40,8 @@ def pack_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
 
 def _packed(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     """The faster form of a linear on its device; None where it stays."""
+    if module.weight.device.type == "cuda" and (found := _packed_for_cuda(module, dtype)):
+        return found
     if isinstance(module, QuantizedLinear | QuantizedGroupedLinear):
         if module.format.kind == "fp8" and not runs_fp8(module.weight.device):
             plain = _dequantized(module, dtype)
@@ -48,6 +51,16 @@ def _packed(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     if module.weight.device.type != "cpu" or module.weight.dtype != torch.bfloat16 or not _packs():
         return None
     return PackedLinear(module) if isinstance(module, nn.Linear) else PackedGroupedLinear(module)
+
+
+def _packed_for_cuda(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    if isinstance(module, QuantizedLinear):
+        weight = module.quantized
+        supports = CudaQuantizedLinear.supports(weight, dtype)
+        return CudaQuantizedLinear(weight, module.bias) if supports else None
+    if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:
+        return CudaLinear(module) if CudaLinear.supports(module) else None
+    return None
 
 
 def _packed_quantized(
@@ -89,5 +102,5 @@ def _dequantized(module: QuantizedLinear | QuantizedGroupedLinear, dtype: torch.
 def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str:
     """Why a quantized linear is left as it is stored."""
     if device.type != "cpu":
-        return f"none for {device.type}"
+        return why_no_triton(device) or "none for such a layer"
     return LINEAR.why_not() or f"none for activations in {str(dtype).removeprefix('torch.')}"

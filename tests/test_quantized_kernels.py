@@ -117,6 +117,45 @@ def test_a_row_has_the_same_bits_in_any_company(name: str, dtype: torch.dtype) -
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name", ["int8", "int8-dynamic", "int4-row", "int4-g32-dynamic", "int4-g32-asym-dynamic"]
+)
+@needs_kernels
+def test_many_rows_have_the_bits_of_one_where_nothing_is_scaled_before(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Sums of whole rows, or of integers, are the same numbers in the same order."""
+    linear = PackedQuantizedLinear(random_weight(name, 70, 333), torch.randn(70))
+    x = torch.randn(103, 333, dtype=dtype)
+    assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name", ["int8", "int4-g32-asym", "int8-dynamic", "int4-g32-dynamic", "mxfp4"]
+)
+@needs_kernels
+def test_many_columns_are_read_in_several_panels(name: str, dtype: torch.dtype) -> None:
+    weight = random_weight(name, 70, 4203)
+    x = torch.randn(67, 4203, dtype=dtype)
+    linear = PackedQuantizedLinear(weight)
+    assert_close(linear(x), exact(weight, x, None), x, weight.dequantize())
+
+
+@needs_kernels
+def test_more_rows_than_are_laid_out_at_a_time() -> None:
+    weight = random_weight("int4-g32", 20, 64)
+    linear, x = PackedQuantizedLinear(weight), torch.randn(1100, 64)
+    y = linear(x)
+    assert_close(y, exact(weight, x, None), x, weight.dequantize())
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(linear(x), y)
+    finally:
+        torch.set_num_threads(1)
+
+
 @needs_kernels
 def test_x_may_lie_anyhow_and_have_any_dimensions() -> None:
     weight = random_weight("int4-g32", 20, 64)

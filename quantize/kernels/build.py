@@ -122,14 +122,15 @@ class Library:
             os.replace(output, path)
 
 
-def cache_folder() -> Path:
-    """Where built libraries lie: $GPTFAST_CACHE_DIR, else gptfast in the user's cache; made where
-    it is not there. Unavailable where others could put something into it.
+def cache_folder(kind: str = "kernels") -> Path:
+    """Where built libraries lie (or things of another kind): below $GPTFAST_CACHE_DIR, else gptfast
+    in the user's cache; made where it is not there. Unavailable where others could put something
+    into it.
     """
     own = os.environ.get("GPTFAST_CACHE_DIR")
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(own) if own else Path(shared) / "gptfast"
-    folder = folder.absolute() / "kernels"
+    folder = folder.absolute() / kind
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _checked(folder)
     if not os.access(folder, os.W_OK):
@@ -150,7 +151,7 @@ def processor_flags() -> list[str]:
     """The instructions to compile for: the widest that the kernels know, the processor has and
     PyTorch uses (ATEN_CPU_CAPABILITY=avx2 asks for less).
     """
-    level, has = torch.backends.cpu.get_cpu_capability(), _processor()
+    level, has = torch.backends.cpu.get_cpu_capability(), processor()
     if level == "AVX512" and has.issuperset((*AVX512, *AVX512_NEWER)):
         return [f"-m{name}" for name in (*AVX512, *AVX512_NEWER.values())]
     if level in ("AVX512", "AVX2") and has.issuperset(AVX2):
@@ -175,7 +176,8 @@ def loaded_openmp() -> list[str]:
     return []
 
 
-def _processor() -> set[str]:
+def processor() -> set[str]:
+    """What the processor says it can do."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
             return set(line.partition(":")[2].split())
@@ -215,4 +217,5 @@ def _run_all(commands: Iterable[list[str]]) -> list[str]:
     return outputs
 
 
-LINEAR = Library("quantized_linear", Path(__file__).parent, ("linear.cpp", "rows.cpp", "plain.cpp"))
+SOURCES = ("linear.cpp", "rows.cpp", "gemm.cpp", "plain.cpp")
+LINEAR = Library("quantized_linear", Path(__file__).parent, SOURCES)

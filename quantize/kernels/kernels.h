@@ -1,5 +1,6 @@
-// What those that know PyTorch (linear.cpp; whoever links to this library) ask of rows.cpp and
-// plain.cpp, which know the processor. Several files, since they are compiled at the same time.
+// What those that know PyTorch (linear.cpp; whoever links to this library) ask of rows.cpp,
+// gemm.cpp and plain.cpp, which know the processor. Several files, since they are compiled at the
+// same time.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -10,9 +11,6 @@
 namespace packed {
 
 constexpr int64_t TILE = 16, CHUNK_BYTES = 64, STRIPE = 4;
-// More rows are multiplied by a dequantized weight. Measured for int4 [11264, 2048] on one core, in
-// ms: 17 rows 3.7 directly and 9.2 dequantized, 64 rows 7.5 and 13.5; they meet near 200.
-constexpr int64_t MAX_DIRECT_ROWS = 64;
 
 enum class Number { bfloat16, float16, float32 };
 
@@ -75,9 +73,12 @@ using Parallel = std::function<void(int64_t count, const Body& body)>;
 void multiply(Product& product, Number type, const void* x, int64_t num_rows, void* y,
               int64_t num_threads, const Parallel& parallel);
 
-// Tiles first..last-1 (of a weight that is not dynamic) as numbers, columns in front:
-// out [K, 16 (last - first)].
-void dequantize(const Weight& weight, Number type, int64_t first, int64_t last, void* out,
-                const Parallel& parallel);
+// The same for many rows: what is read of the weight is decoded once for all of them. `bias` [N] or
+// null. Sums of grouped weights that are not dynamic are of scaled numbers in the type of x, so their
+// last bits differ from those of a Product.
+void multiply_many(const Weight& weight, Number type, const void* x, int64_t num_rows,
+                   const float* bias, void* y, int64_t num_threads, const Parallel& parallel);
+// Fewer rows are multiplied by a Product.
+constexpr int64_t MIN_MANY_ROWS = 65;
 
 }  // namespace packed

@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -17,8 +16,6 @@ using at::Tensor;
 using packed::Number;
 using packed::Weight;
 using Maybe = std::optional<Tensor>;
-
-constexpr int64_t BLOCK_BYTES = 4 << 20;  // of dequantized weights at a time
 
 Number number(at::ScalarType type) {
   if (type == at::kBFloat16) return Number::bfloat16;
@@ -62,38 +59,21 @@ namespace {
 
 void parallel(int64_t count, const packed::Body& body) { at::parallel_for(0, count, 1, body); }
 
-// y [M, N] = x [M, K] times the weight, dequantized a block at a time.
-void multiply_many(const Tensor& x, const Weight& w, const Tensor& y) {
-  const int64_t tile_bytes = w.num_columns * packed::TILE * x.element_size();
-  const int64_t tiles = std::min(std::max<int64_t>(BLOCK_BYTES / tile_bytes, 4), w.num_tiles);
-  const Tensor buffer = at::empty({tiles * packed::TILE * w.num_columns}, x.options());
-  for (int64_t first = 0; first < w.num_tiles; first += tiles) {
-    const int64_t last = std::min(first + tiles, w.num_tiles), start = first * packed::TILE;
-    packed::dequantize(w, number(x.scalar_type()), first, last, buffer.mutable_data_ptr(),
-                       parallel);
-    const int64_t rows = (last - first) * packed::TILE;
-    const int64_t used = std::min(rows, w.num_rows - start);
-    const Tensor block = buffer.narrow(0, 0, rows * w.num_columns).view({w.num_columns, rows});
-    Tensor part = y.narrow(1, start, used);
-    at::mm_out(part, x, block.narrow(1, 0, used));
-  }
-}
-
 // x [M, K] and y [M, N], contiguous.
 void multiply(const Tensor& x, const Weight& w, const Maybe& bias, Tensor y) {
   TORCH_CHECK_VALUE(!bias || bias->numel() == w.num_rows, "a bias for ", w.num_rows,
                     " rows is needed");
   if (x.size(0) == 0 || w.num_rows == 0) return;
-  if (!w.dynamic && x.size(0) > packed::MAX_DIRECT_ROWS) {
-    multiply_many(x, w, y);
-    if (bias) y.add_(*bias);
-    return;
-  }
   Maybe wide;
   if (bias) wide = bias->to(at::kFloat).contiguous();
   const Number type = number(x.scalar_type());
-  const auto product =
-      packed::quantized_product(w, type, wide ? wide->const_data_ptr<float>() : nullptr);
+  const float* added = wide ? wide->const_data_ptr<float>() : nullptr;
+  if (x.size(0) >= packed::MIN_MANY_ROWS) {
+    packed::multiply_many(w, type, x.const_data_ptr(), x.size(0), added, y.mutable_data_ptr(),
+                          at::get_num_threads(), parallel);
+    return;
+  }
+  const auto product = packed::quantized_product(w, type, added);
   packed::multiply(*product, type, x.const_data_ptr(), x.size(0), y.mutable_data_ptr(),
                    at::get_num_threads(), parallel);
 }
