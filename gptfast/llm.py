@@ -6,6 +6,7 @@ stop strings end it.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +18,7 @@ from torch import Tensor
 from gptfast.cache import parse_kv_cache_dtype
 from gptfast.chat import Message, find_template
 from gptfast.checkpoint import Progress, inspect, read_config
+from gptfast.compiler import started_early
 from gptfast.device import parse_device, peak_memory
 from gptfast.engine import Engine, FinishReason, TokenLogprob, check_sizes
 from gptfast.hub import DEFAULT_MODEL, find_model
@@ -129,7 +131,8 @@ class LLM:
         check_plan(source, quant)
         self.left_out = source.left_out  # parts of the files that are no language model, in words
         # Last, so that what else may be wrong is said before gigabytes are read.
-        self.model = load(source, dtype, parse_device(device), progress, quant)
+        with started_early(parse_device(device)) if compile else nullcontext():
+            self.model = load(source, dtype, parse_device(device), progress, quant)
         self.notes = [*source.notes, *running_notes(self.model)]  # on quantized weights, in words
         self.load_s = perf_counter() - start
         self._batch_size, self._max_seq_len, self._compile = batch_size, max_seq_len, compile

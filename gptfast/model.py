@@ -19,11 +19,18 @@ from gptfast.rope import Rope
 from quantize.formats import Format
 from quantize.grouped import GroupedLinear, PackedGroupedLinear
 from quantize.kernels.cpu import PackedQuantizedGroupedLinear, PackedQuantizedLinear
+from quantize.kernels.cuda import CudaQuantizedLinear
 from quantize.linear import QuantizedGroupedLinear
 from quantize.packed import PackedLinear
 
 # Modules whose weight is no parameter, and those of experts.
-PACKED = (PackedLinear, PackedGroupedLinear, PackedQuantizedLinear, PackedQuantizedGroupedLinear)
+PACKED = (
+    PackedLinear,
+    PackedGroupedLinear,
+    PackedQuantizedLinear,
+    PackedQuantizedGroupedLinear,
+    CudaQuantizedLinear,
+)
 GROUPED = (
     GroupedLinear,
     PackedGroupedLinear,
@@ -117,7 +124,7 @@ class Transformer(nn.Module):
         """Hidden states [B, T, dim] before the last norm. `run_block` is `Block.__call__`, or its
         compiled form.
         """
-        x = self._embedded(tokens, positions)
+        x = self.embedded(tokens, positions)
         lengths = positions.amax(1) + 1 if cache is None else cache.lengths
         turns = [rope(positions, lengths) for rope in self.ropes]
         layers = cache.layers if cache is not None else (None,) * len(self.blocks)
@@ -126,7 +133,8 @@ class Transformer(nn.Module):
             x = (run_block or nn.Module.__call__)(block, x, positions, cos_sin, layer)
         return x
 
-    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first block reads [B, T, dim]."""
         config, x = self.config, self.embed(tokens)
         if config.embedding_multiplier != 1:
             # Rounded to the stream's dtype first: so it was when these models were trained.
@@ -141,7 +149,16 @@ class Transformer(nn.Module):
         """Hidden [B, T, dim] -> float32 logits [B, N, V] at `select` [B, N] (None: all T)."""
         if select is not None:
             x = x.gather(1, select.unsqueeze(-1).expand(-1, -1, x.size(-1)))  # [B, N, dim]
-        logits, divisor = self.head(self.norm(x)).float(), self.config.logits_divisor
+        return self.scaled(self.head(self.norm(x)))
+
+    @property
+    def scales_logits(self) -> bool:
+        """Whether `scaled` changes any number."""
+        return self.config.logits_divisor != 1 or self.config.logits_softcap is not None
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """What the head gives -> float32 logits, as the facts scale them."""
+        logits, divisor = logits.float(), self.config.logits_divisor
         logits = logits if divisor == 1 else logits / divisor
         cap = self.config.logits_softcap
         return logits if cap is None else cap * (logits / cap).tanh()

@@ -35,6 +35,11 @@ class Rope(nn.Module):
             long_inv_freq = plain / torch.tensor(config.long_factors, device="cpu")
             self.register_buffer("long_inv_freq", long_inv_freq, persistent=False)
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the same position turns differently in a longer text."""
+        return self.config.scaling in ("dynamic", "longrope")
+
     def forward(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """`lengths` [B]: tokens known of each row (the whole prompt while it is read), on which
         "dynamic" and "longrope" depend.

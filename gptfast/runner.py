@@ -7,13 +7,14 @@ of a step, eager or compiled, and the rule that nothing recompiles once they are
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from time import perf_counter
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptfast.cache import KVCache
+from gptfast.compiler import compile_alone, without_collection
+from gptfast.fused import fused_step
 from gptfast.model import Block, Transformer
 from gptfast.sampling import Plan, SamplingParams, SamplingState, sample
 
@@ -26,9 +27,12 @@ SMALLEST_BOUND = 256
 class ModelRunner:
     """Advances `num_rows` rows of up to `max_seq_len` tokens. An idle row sits at the spare slot.
 
+    On a CPU a decode step is a fused one where the model has it (see fused.py), compiled or not.
+
     Compiled graphs: blocks at one token a row (one graph for all blocks of a kind), blocks at two
-    or more tokens (any number), the head, and a sampler for each plan. On CUDA the whole decode
-    step replays as one graph.
+    or more tokens (any number), the head, and a sampler for each plan; beside a fused step only
+    blocks at two or more tokens and samplers that draw. On CUDA the whole decode step replays as
+    one graph.
     """
 
     def __init__(
@@ -52,17 +56,16 @@ class ModelRunner:
         self._sample: Callable[..., Tensor] = sample
         self._warm: set[Plan] = set()
         self._graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._step = fused_step(model, self.cache)
         if compile:
             self.cache.mark_static()
-            options: dict[str, Any] = {"fullgraph": True}
-            if self.device.type == "cuda":
-                options["options"] = {"coordinate_descent_tuning": True}
             self._blocks = {
-                kind: _compile_alone(_run_block, **options)
+                kind: compile_alone(_run_block, self.device)
                 for kind in dict.fromkeys(block.kind for block in model.blocks)
             }
-            self._logits = partial(_compile_alone(_run_logits, **options), model)
-            self._sample = _compile_alone(sample, **options)
+            if self._step is None:
+                self._logits = partial(compile_alone(_run_logits, self.device), model)
+            self._sample = compile_alone(sample, self.device)
 
     # -- rows --
 
@@ -111,7 +114,7 @@ class ModelRunner:
         index = torch.tensor([last], device=self.device)
         logits = self._logits(hidden.index_select(1, index))[:, 0]
         state, position = self.sampling.row(row), self.cache.lengths[row : row + 1]
-        token = self._sample(logits, state, position, plan)
+        token = self._draw(logits, state, position, plan)
         if plan == "full":  # the only plan that reads counts
             state.count(token, torch.ones_like(token, dtype=torch.bool))
         self.tokens[row] = token
@@ -141,15 +144,29 @@ class ModelRunner:
         positions = self.positions[:, 0]
         active = positions < self.cache.max_seq_len
         self.cache.lengths.add_(active)
-        hidden = self._hidden(self.tokens, self.positions, self.cache)
-        logits = self._logits(hidden)[:, 0]
-        # A token's random bits belong to the place it takes: the same alone and in a batch.
-        tokens = self._sample(logits, self.sampling, positions + 1, plan)
+        best = None
+        if self._step is None:
+            logits = self._logits(self._hidden(self.tokens, self.positions, self.cache))[:, 0]
+        else:
+            logits, best = self._step(self.tokens, self.positions)
+            logits = logits[:, 0]
+        if best is not None and plan == "greedy":
+            tokens = best[:, 0]
+        else:
+            # A token's random bits belong to the place it takes: the same alone and in a batch.
+            tokens = self._draw(logits, self.sampling, positions + 1, plan)
         if plan == "full":
             self.sampling.count(tokens, active)
         self.tokens.copy_(tokens.unsqueeze(1))
         self.positions.add_(active.unsqueeze(1))
         return tokens, logits
+
+    def _draw(self, logits: Tensor, state: SamplingState, positions: Tensor, plan: Plan) -> Tensor:
+        """As `sample`. Beside a fused step the greedy plan is worth no graph: it needs one token a
+        prompt.
+        """
+        is_rare = plan == "greedy" and self._step is not None
+        return (sample if is_rare else self._sample)(logits, state, positions, plan)
 
     def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         return self.model.hidden(
@@ -165,6 +182,7 @@ class ModelRunner:
     # -- compilation --
 
     @torch.no_grad()
+    @without_collection()
     def warm_up(self, requests: Sequence[SamplingParams]) -> None:
         """Compiles now what requests with these parameters need, not at the step that needs it."""
         for plan in sorted({params.plan for params in requests}):
@@ -184,9 +202,9 @@ class ModelRunner:
         for cache, state, places in (alone, together)[self.cache.num_rows == 1 :]:
             tokens = torch.zeros(cache.num_rows, 1, dtype=torch.int64, device=self.device)
             hidden = self.model.embed(tokens)
-            if cache is self.cache:
+            if cache is self.cache and self._step is None:
                 hidden = self._hidden(tokens, torch.full_like(tokens, cache.max_seq_len), cache)
-            self._sample(self._logits(hidden)[:, 0], state, places, plan)
+            self._draw(self._logits(hidden)[:, 0], state, places, plan)
         self._warm.add(plan)
         self.compile_s += perf_counter() - start
 
@@ -208,19 +226,3 @@ def _run_block(block: nn.Module, *inputs: Any) -> Tensor:
 
 def _run_logits(model: Transformer, x: Tensor) -> Tensor:
     return model.logits(x)
-
-
-def _compile_alone(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """torch.compile of a copy of `function`, so that other runners of the process do not count
-    towards its recompilation limit: the compiler keeps its graphs with the code object.
-    (`isolate_recompiles=True` says the same, but torch 2.11 does not know it.)
-    """
-    assert isinstance(function, FunctionType)
-    copy = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return torch.compile(copy, **options)

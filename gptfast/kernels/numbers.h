@@ -1,0 +1,116 @@
+// Sixteen floats at a time, in the compiler's own vectors: one instruction where the processor is
+// as wide, two where it is half as wide.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace step {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+constexpr int64_t LANES = 16;
+
+inline Floats splat(float value) { return Floats{} + value; }
+template <class Vector>
+inline Vector load(const void* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class Vector>
+inline void store(void* p, Vector v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline float sum_of(Floats v) {
+  for (int width = 8; width; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+}
+inline float largest_of(Floats v) {
+  for (int width = 8; width; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
+  }
+  return v[0];
+}
+
+inline Floats widened(Halves h) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
+inline Words bfloat16_bits(Floats v) {  // to nearest, ties to even
+  const Words bits = (Words)v;
+  return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+inline Floats rounded(packed::Number type, Floats v) {
+  return type == packed::Number::float32 ? v : (Floats)(bfloat16_bits(v) << 16);
+}
+
+// Rows of numbers in a model's type, from and to floats.
+inline Floats load_as(packed::Number type, const void* p, int64_t at) {
+  if (type == packed::Number::float32) return load<Floats>(static_cast<const float*>(p) + at);
+  return widened(load<Halves>(static_cast<const uint16_t*>(p) + at));
+}
+inline void store_as(packed::Number type, void* p, int64_t at, Floats v) {
+  if (type == packed::Number::float32) store(static_cast<float*>(p) + at, v);
+  else store(static_cast<uint16_t*>(p) + at, __builtin_convertvector(bfloat16_bits(v), Halves));
+}
+inline int64_t size_of(packed::Number type) { return type == packed::Number::float32 ? 4 : 2; }
+
+// Calls body(at, count) for stretches of at most sixteen of 0..count-1.
+template <class Body>
+inline void by_lanes(int64_t count, const Body& body) {
+  for (int64_t at = 0; at < count; at += LANES) body(at, count - at < LANES ? count - at : LANES);
+}
+inline Floats load_some(packed::Number type, const void* p, int64_t at, int64_t count) {
+  if (count == LANES) return load_as(type, p, at);
+  alignas(64) char part[64] = {};
+  const int64_t size = size_of(type);
+  std::memcpy(part, static_cast<const char*>(p) + at * size, count * size);
+  return load_as(type, part, 0);
+}
+inline void store_some(packed::Number type, void* p, int64_t at, int64_t count, Floats v) {
+  if (count == LANES) return store_as(type, p, at, v);
+  alignas(64) char part[64];
+  const int64_t size = size_of(type);
+  store_as(type, part, 0, v);
+  std::memcpy(static_cast<char*>(p) + at * size, part, count * size);
+}
+
+// The nearest e4m3 (2209.05433), ties to even, of a number of at most 448.
+inline uint8_t float8_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint8_t sign = bits >> 24 & 0x80;
+  bits &= 0x7FFFFFFF;
+  if (bits > 0x7F800000) return sign | 0x7F;
+  float size;
+  std::memcpy(&size, &bits, 4);
+  if (size < 0x1p-6f) {  // steps of 2^-9
+    return sign | static_cast<uint8_t>(size * 512 + 12582912 - 12582912);
+  }
+  bits += 0x7FFFF + (bits >> 20 & 1);
+  return sign | static_cast<uint8_t>((bits >> 20) - (120 << 3));
+}
+
+// e^x by its Taylor polynomial around the nearest multiple of ln 2; exactly 0 for -infinity.
+inline Floats exponential(Floats x) {
+  const Floats limited = larger(x < splat(88.f) ? x : splat(88.f), splat(-87.f));
+  constexpr float ROUND = 12582912;  // 1.5 * 2^23
+  const Floats n = limited * 1.44269504f + ROUND - ROUND;
+  const Floats r = (limited - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = splat(1.f / 5040);
+  for (float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = p * r + factor;
+  const Ints power = __builtin_convertvector(n, Ints) << 23;
+  const Floats e = (Floats)((Ints)p + power);
+  return x < splat(-87.f) ? Floats{} : e;
+}
+inline Floats hyperbolic_tangent(Floats x) {
+  return 1.f - 2.f / (exponential(2.f * x) + 1.f);
+}
+
+}  // namespace step

@@ -1,0 +1,305 @@
+"""The fused decode step of a CPU: the same logits, keys and values as the blocks it stands for, the
+same bits for a token whatever stands beside it, and a reason wherever there is none.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from family_cases import CASES, raw_config
+from test_kernels import SCORINGS
+
+from gptfast.cache import KVCache
+from gptfast.engine import Engine
+from gptfast.families import model_config
+from gptfast.fused import FusedStep, fused_step, why_no_step
+from gptfast.kernels.attention import attention_reference
+from gptfast.kernels.cpu_step import STEP
+from gptfast.kernels.rounding import round_vectors
+from gptfast.model import Transformer
+from gptfast.quantization import quant_plan
+from gptfast.sampling import SamplingParams
+from gptfast.shapes import random_model
+
+pytestmark = pytest.mark.skipif(
+    STEP.load() is None, reason=f"needs the built kernels: {STEP.why_not()}"
+)
+
+# Cases that the step leaves to the blocks, by a word of the reason.
+LEFT_OUT = "mixtral moe olmo2 stablelm-parallel gpt_oss deepseek mpt-clip".split()
+WHOLE = [name for name in CASES if not any(word in name for word in LEFT_OUT)]
+SPARE = 80
+
+
+def model_of(
+    name: str, dtype: torch.dtype = torch.float32, quant: str | None = None
+) -> Transformer:
+    plan = None if quant is None else quant_plan(quant)
+    return random_model(model_config(raw_config(name)), dtype, quant=plan)
+
+
+def caches_of(
+    model: Transformer, rows: int, kv_cache_dtype: str = "auto"
+) -> tuple[KVCache, KVCache]:
+    """Two caches that hold the same 30 tokens a row."""
+    config = model.config
+    tokens = torch.randint(3, config.vocab_size, (rows, 30))
+    caches = [
+        KVCache.allocate(config, rows, SPARE, model.dtype, "cpu", kv_cache_dtype) for _ in range(2)
+    ]
+    for cache in caches:
+        cache.lengths.fill_(40)
+        model(tokens, torch.arange(30).expand(rows, 30), cache)
+    return caches[0], caches[1]
+
+
+def difference(model: Transformer, rows: int = 3, kv_cache_dtype: str = "auto") -> float:
+    """Largest difference of logits between blocks and step, in shares of the largest logit, over
+    steps of one and of several tokens; the last with an idle row.
+    """
+    expected_cache, cache = caches_of(model, rows, kv_cache_dtype)
+    step, worst = FusedStep(model, cache), 0.0
+    for start, count in ((30, 1), (31, 1), (32, 4), (36, 1)):
+        tokens = torch.randint(3, model.config.vocab_size, (rows, count))
+        positions = torch.arange(start, start + count).repeat(rows, 1)
+        if start == 36:
+            positions[1] = SPARE
+        expected = model(tokens, positions, expected_cache)
+        found, best = step(tokens, positions)
+        assert found.dtype == torch.float32 and found.isfinite().all()
+        if best is not None:
+            assert torch.equal(best, found.argmax(-1))
+        active = positions[:, 0] < SPARE
+        gap = (found - expected)[active].abs().max() / expected[active].abs().max()
+        worst = max(worst, gap.item())
+    return worst
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WHOLE)
+def test_families_equal_their_blocks(name: str) -> None:
+    assert difference(model_of(name)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2-tied", "gemma2-softcaps-window", "falcon-7b"])
+def test_bfloat16_equals_its_blocks(name: str) -> None:
+    """Rounded at the same places, so that only a rare sum rounds to a neighbour."""
+    assert difference(model_of(name, torch.bfloat16)) < 0.06
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quant", ["int8", "int4", "int4-g32-asym", "int4-dynamic", "mxfp4"])
+def test_quantized_weights(quant: str, dtype: torch.dtype) -> None:
+    model = model_of("llama-biases-tied", dtype, quant)
+    assert difference(model) < (1e-4 if dtype == torch.float32 else 0.06)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2-softcaps-window"])
+def test_keys_and_values_of_eight_bits(name: str, kv_cache_dtype: str) -> None:
+    """A number next to the middle between two steps may be rounded to the other."""
+    assert difference(model_of(name), kv_cache_dtype=kv_cache_dtype) < 2e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_what_the_blocks_write(dtype: torch.dtype) -> None:
+    for kv_cache_dtype in ("auto", "int8", "fp8"):
+        model = model_of("qwen3-head-dim", dtype)
+        expected, cache = caches_of(model, 2, kv_cache_dtype)
+        tokens, positions = torch.tensor([[5], [6]]), torch.tensor([[30], [SPARE]])
+        model(tokens, positions, expected)
+        FusedStep(model, cache)(tokens, positions)
+        # Of the first layer, whose input is the same to the bit, nearly every number is too.
+        for ours, theirs in zip(cache.layers[0].tensors, expected.layers[0].tensors, strict=True):
+            ours, theirs = ours[:, :, :SPARE].float(), theirs[:, :, :SPARE].float()
+            assert (ours != theirs).float().mean() < 0.01
+            torch.testing.assert_close(ours, theirs, rtol=0.15, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", [None, "int8", "int4", "int8-dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_has_the_same_bits_in_any_company(quant: str | None, dtype: torch.dtype) -> None:
+    """Alone, beside other rows, as one of several new tokens of its row, and in any number of
+    threads.
+    """
+    model = model_of("llama-gqa", dtype, quant)
+    tokens = torch.randint(3, model.config.vocab_size, (1, 46))
+    whole = torch.arange(46).unsqueeze(0)
+
+    def logits(rows: int, pieces: list[int], threads: int = 1) -> torch.Tensor:
+        cache = KVCache.allocate(model.config, rows, SPARE, dtype)
+        step, start, found = FusedStep(model, cache), 0, []
+        others = torch.randint(3, model.config.vocab_size, (rows, 46))
+        others[rows // 2] = tokens
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for size in pieces:
+                part = slice(start, start + size)
+                places = whole[:, part].repeat(rows, 1)
+                places[: rows // 2] = (places[: rows // 2] - 3).clamp(min=0)
+                found.append(step(others[:, part], places)[0][rows // 2])
+                start += size
+        finally:
+            torch.set_num_threads(before)
+        return torch.cat(found)
+
+    alone = logits(1, [1] * 46)
+    assert torch.equal(alone, logits(1, [16, 16, 14]))
+    assert torch.equal(alone, logits(1, [3, 5, 2, 7, 1, 11, 16, 1], threads=2))
+    assert torch.equal(alone, logits(5, [1, 3, 2] + [1] * 40, threads=5))
+    assert torch.equal(alone, logits(16, [1] * 46))
+
+
+@torch.no_grad()
+def test_rows_at_their_own_places() -> None:
+    """Rows of different lengths, one of them idle."""
+    model = model_of("mistral-window")
+    expected_cache, cache = caches_of(model, 4)
+    positions = torch.tensor([[3], [29], [SPARE], [12]])
+    tokens = torch.tensor([[4], [5], [6], [7]])
+    expected = model(tokens, positions, expected_cache)
+    found, _ = FusedStep(model, cache)(tokens, positions)
+    active = [0, 1, 3]
+    torch.testing.assert_close(found[active], expected[active], rtol=1e-4, atol=1e-5)
+
+
+# -- attention alone, where rows are long --
+
+
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(64, 64), (8, 8), (80, 80), (256, 256), (24, 40)], ids=str)
+def test_attention_over_chunks(dims, dtype, stored) -> None:
+    """Rows beyond one chunk of 512 slots, at its edges too."""
+    torch.manual_seed(0)
+    key_dim, value_dim = dims
+    q = torch.randn(4, 3, 4, key_dim).to(dtype)
+    keys = torch.randn(4, 2, 1301, key_dim).to(dtype)
+    values = torch.randn(4, 2, 1301, value_dim).to(dtype)
+    starts = torch.tensor([[0], [510], [1200], [1300]])
+    positions = (starts + torch.arange(3)).clamp(max=1300)
+    scales = (None, None)
+    if stored is not None:
+        (keys, key_scales), (values, value_scales) = (
+            round_vectors(x.float(), stored) for x in (keys, values)
+        )
+        scales = (key_scales, value_scales)
+    found = few(q, keys, values, positions, key_scales=scales[0], value_scales=scales[1])
+    exact = attention_reference(
+        q.float(),
+        widened(keys),
+        widened(values),
+        positions,
+        key_scales=scales[0],
+        value_scales=scales[1],
+    )
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[:3].float(), exact[:3], rtol=tolerance, atol=tolerance)
+    assert (found[3] == 0).all()  # padding
+
+
+@pytest.mark.parametrize("window", [None, 1, 64, 700])
+@pytest.mark.parametrize("name", SCORINGS)
+def test_scorings(name: str, window: int | None) -> None:
+    torch.manual_seed(0)
+    q, scoring = torch.randn(2, 2, 4, 64), {**SCORINGS[name], "window": window}
+    keys, values = torch.randn(2, 2, 2, 1025, 64)
+    positions = torch.tensor([[60, 61], [1000, 1001]])
+    found = few(q, keys, values, positions, **scoring)
+    exact = attention_reference(q, keys, values, positions, **scoring)
+    torch.testing.assert_close(found, exact, rtol=2e-5, atol=2e-5)
+
+
+def few(q, keys, values, positions, **how) -> torch.Tensor:
+    names = "scale window softcap sinks slopes key_scales value_scales".split()
+    how["scale"] = how.get("scale") or q.size(-1) ** -0.5
+    options = [how.get(name) for name in names]
+    return torch.ops.gptfast.few_tokens_attention(q, keys, values, positions, *options)
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+# -- where there is none --
+
+
+def test_why_there_is_none() -> None:
+    reasons = {name: why_no_step(model_of(name)) for name in CASES if name not in WHOLE}
+    assert all(reason and "parts" in reason for reason in reasons.values()), reasons
+    model = model_of("llama-gqa", torch.float16)
+    assert "float16" in (why_no_step(model) or "")
+    model = model_of("llama-gqa")
+    assert "16 rows" in (why_no_step(model, 17) or "")
+    assert fused_step(model, KVCache.allocate(model.config, 17, 8, model.dtype)) is None
+
+
+def test_many_rows_go_through_the_blocks() -> None:
+    model = model_of("llama-gqa")
+    params = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+    texts = []
+    for rows in (17, 3):
+        engine = Engine(model, rows, 40)
+        ids = [engine.submit([5, 6, 7 + i], params) for i in range(3)]
+        found: dict[int, list[int]] = {i: [] for i in ids}
+        while engine.has_work:
+            for event in engine.step():
+                found[event.request_id] += event.token_ids
+        texts.append([found[i] for i in ids])
+    assert texts[0] == texts[1]
+
+
+def test_steps_are_refused_what_they_are_not_for() -> None:
+    model = model_of("llama-gqa")
+    step = FusedStep(model, KVCache.allocate(model.config, 1, 40, model.dtype))
+    with pytest.raises(ValueError, match="at most 16 tokens"):
+        step(torch.zeros(1, 17, dtype=torch.int64), torch.arange(17).unsqueeze(0))
+    with pytest.raises(ValueError, match="position 41 is none of 0 to 40"):
+        step(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[41]]))
+    with pytest.raises(ValueError, match="has no kernel"):
+        parts = replace_activation(step)
+        step.step.add_block(parts, 0, *step.cache.layers[0].tensors, None, None)
+
+
+def replace_activation(step: FusedStep):
+    from gptfast.fused import _parts
+
+    [parts, *_] = _parts(step.model)
+    return replace(parts, activation="tanh")
+
+
+CHILD = """
+import sys
+sys.path.insert(0, "tests")
+from test_cpu_step import difference, model_of
+import torch
+from gptfast.kernels.cpu_step import STEP
+from gptfast.fused import why_no_step
+assert STEP.load() is not None, STEP.why_not()
+with torch.no_grad():
+    print(difference(model_of("llama-gqa")), difference(model_of("llama-gqa", quant="int4")))
+    print(difference(model_of("llama-gqa", torch.bfloat16, "int8")))
+print(why_no_step(model_of("llama-gqa", torch.bfloat16)))
+"""
+
+
+@pytest.mark.slow
+def test_a_processor_without_avx512(tmp_path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        env={**os.environ, "GPTFAST_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    plain, int4, bfloat16, *_ = run.stdout.split()
+    assert float(plain) < 1e-5 and float(int4) < 1e-4 and float(bfloat16) < 0.06
