@@ -1,49 +1,86 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, in one command of less than 9 minutes, from a clone and
 # without installing anything:   bash bench/gpu.sh OUTDIR     (PY=... names another python)
-# OUTDIR gets a JSON file for each benchmark and gpu.log, few files on purpose. Each step has its own
-# time limit; one that fails does not stop the next.
-# The exit code is the number of steps that failed.
+#
+# OUTDIR gets results.jsonl (the JSON lines of all benchmarks), roofline.png and gpu.log: few files
+# on purpose. Steps come in the order of what would be missed most. Each has a time limit, none
+# begins after the end of the whole, one that fails or is cut off loses neither the others nor what
+# it had printed. The exit code is the number of steps that failed.
+#
+#   step       at most  what it tells
+#   limits        20 s  bandwidth and matrix rate of the device, to compare with
+#   kernels       95 s  correctness: every kernel of the decode step against its twin, rows with the
+#                       same bits, graphs that replay without copies
+#   8b            95 s  llama-3.1-8b: decode and prefill in bf16, int4, int8, fp8
+#   1b            55 s  llama-3.2-1b
+#   flat          40 s  linears of 8B for 1, 2, 4, 8 and 16 rows
+#   context       50 s  llama-3.1-8b behind 512 to 32768 tokens, cache in bf16 and int8; its kernels
+#   int4          25 s  the kernels of a step of llama-3.1-8b in int4
+#   7b            50 s  llama-2-7b
+#   startup       55 s  llama-3.2-1b: process start to first token, eager, compiled cold and warm
+#   engine        40 s  correctness: families, engines, caches, experts against the CPU
+#   roofline      10 s  the plot
+#   sum          535 s  and none begins later than 525 s after the first
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUTDIR}
 PY=${PY:-python3}
 export PYTHONPATH=. PYTHONUNBUFFERED=1
+end=535
 mkdir -p "$out"
+: >"$out/results.jsonl"
 failed=0
 
-# step NAME SECONDS COMMAND...: all output to gpu.log; where its last line is JSON, to NAME.json.
+# step NAME SECONDS COMMAND...: all output to gpu.log, the end of it here; lines that are JSON
+# objects to results.jsonl.
 step() {
-    local name=$1 seconds=$2 work start=$SECONDS
+    local name=$1 seconds=$2 left=$((end - SECONDS)) work start=$SECONDS code
     shift 2
+    if ((left < 10)); then
+        echo "== $name: SKIPPED, $SECONDS s are over"
+        failed=$((failed + 1))
+        return
+    fi
+    if ((seconds > left)); then seconds=$left; fi
     work=$(mktemp -d)
     echo "== $name (at most $seconds s): $*"
-    if timeout --kill-after=5 "$seconds" "$@" >"$work/out" 2>"$work/err"; then
+    timeout --kill-after=5 "$seconds" "$@" >"$work/out" 2>"$work/err"
+    code=$?
+    if ((code == 0)); then
         echo "== $name: done in $((SECONDS - start)) s"
     else
-        echo "== $name: FAILED with $? after $((SECONDS - start)) s"
+        echo "== $name: FAILED with $code after $((SECONDS - start)) s"
         failed=$((failed + 1))
-        tail -n 15 "$work/err"
+        tail -n 15 "$work/err" | cut -c1-300
     fi
-    tail -n 12 "$work/out" | cut -c1-300
-    if tail -n 1 "$work/out" | grep -q '^{'; then tail -n 1 "$work/out" >"$out/$name.json"; fi
+    grep -v '^{' "$work/out" | tail -n 14 | cut -c1-200
+    grep '^{' "$work/out" >>"$out/results.jsonl"
     { echo "== $name: $*"; cat "$work/out" "$work/err"; } >>"$out/gpu.log"
     rm -r "$work"
 }
 
-decode() { # decode NAME SECONDS SHAPE OPTIONS...
+table() { # table NAME SECONDS SHAPE OPTIONS...
     local name=$1 seconds=$2 shape=$3
     shift 3
-    step "$name" "$seconds" "$PY" bench/decode.py --shape "$shape" --dtype bf16 --device cuda "$@"
+    step "$name" "$seconds" "$PY" bench/tables.py --shapes "$shape" --formats bf16,int4,int8,fp8 \
+        --device cuda --compile --rounds 3 "$@"
 }
 
-step device 30 "$PY" -c "import torch; print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))"
-decode 1b-eager 30 llama-3.2-1b --rounds 3
-decode 1b-compile 65 llama-3.2-1b --compile
-decode 1b-int4-compile 45 llama-3.2-1b --compile --quant int4 --rounds 3
-decode 8b-compile 85 llama-3.1-8b --compile
-decode experts-compile 60 qwen3-30b-a3b --num-layers 16 --compile --rounds 3
-step tests 140 "$PY" -m pytest -q -m gpu
-step startup 80 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
-echo "== $failed steps failed"
+own='attention or heads or linears or block or bits or replay'
+context="bench/context.py --shape llama-3.1-8b --device cuda --compile --rounds 2 --profile"
+if "$PY" -c "import xdist" 2>/dev/null; then workers="-n 6"; else workers=""; fi
+tests="-m pytest -q -m gpu $workers tests/test_gpu.py"
+step limits 20 "$PY" bench/roofline.py --measure --device cuda
+step kernels 95 "$PY" $tests -k "$own"
+table 8b 95 llama-3.1-8b
+table 1b 55 llama-3.2-1b
+step flat 40 "$PY" bench/kernels.py --device cuda --rows 1,2,4,8,16 --rounds 3 \
+    --formats torch,bf16,fp8,int8,int4-g32,int4-g128
+step context 50 "$PY" $context
+step int4 25 "$PY" $context --quant int4 --contexts 512 --caches auto
+table 7b 50 llama-2-7b
+step startup 55 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
+step engine 40 "$PY" $tests -k "not ($own)"
+step roofline 10 "$PY" bench/roofline.py "$out/results.jsonl" --out "$out/roofline.png"
+echo "== $failed steps failed; $SECONDS s"
 exit "$failed"

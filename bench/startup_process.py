@@ -23,12 +23,19 @@ def first_token(task: dict[str, Any]) -> None:
     ends["import_gptfast"] = monotonic()
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    llm = LLM(task["folder"], device=task["device"], dtype=task["dtype"], compile=task["compile"])
+    names = ("device", "dtype", "quant", "compile", "max_seq_len")
+    llm = LLM(task["folder"], **{name: task[name] for name in names})
     ends["load"] = monotonic()
     params = SamplingParams(temperature=0.0, max_new_tokens=4, ignore_eos=True)
     next(iter(llm.stream(task["prompt_ids"], params)))
     ends["first_token"] = monotonic()
-    print(json.dumps({"ends": ends, "compile_s": llm.engine.runner.compile_s}))
+    layers = llm.engine.runner.cache.layers
+    report = {
+        "ends": ends,
+        "compile_s": llm.engine.runner.compile_s,
+        "cache_bytes": sum(tensor.nbytes for layer in layers for tensor in layer.tensors),
+    }
+    print(json.dumps(report))
 
 
 def import_torch(task: dict[str, Any]) -> None:
@@ -39,24 +46,36 @@ def import_torch(task: dict[str, Any]) -> None:
     print(json.dumps({"ends": {"import_torch": monotonic()}}))
 
 
-def load(task: dict[str, Any]) -> None:
-    """Loads, with a pause before and after for someone to look at this process's memory."""
+def kernels(task: dict[str, Any]) -> None:
+    """The C++ kernels for the CPU, compiled where they are not in the cache."""
+    import torch
+
+    ends = {"import_torch": monotonic()}
+    from gptfast.kernels.cpu_step import STEP
+    from quantize.kernels.build import LINEAR
+
+    assert torch
+    found = {library.name: library.load() is not None for library in (LINEAR, STEP)}
+    print(json.dumps({"ends": {**ends, "kernels": monotonic()}, "loaded": found}))
+
+
+def trivial(task: dict[str, Any]) -> None:
+    """Imports torch and compiles a trivial function; then waits, for someone to look at its
+    memory.
+    """
     import torch
 
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    print("imported", flush=True)
+    torch.compile(_add_one)(torch.ones(16, device=task["device"]))
+    print("compiled", flush=True)
     sys.stdin.readline()
-    from gptfast.device import parse_device
-    from gptfast.loading import load
 
-    model = load(Path(task["folder"]), task["dtype"], parse_device(task["device"]))
-    print("loaded", flush=True)
-    sys.stdin.readline()
-    del model
+
+def _add_one(x: Any) -> Any:
+    return x + 1
 
 
 if __name__ == "__main__":
-    {"first_token": first_token, "import_torch": import_torch, "load": load}[sys.argv[1]](
-        json.loads(sys.argv[2])
-    )
+    tasks = (first_token, import_torch, kernels, trivial)
+    {task.__name__: task for task in tasks}[sys.argv[1]](json.loads(sys.argv[2]))

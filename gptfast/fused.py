@@ -9,20 +9,23 @@ from torch import Tensor, nn
 
 from gptfast.attention import Attention
 from gptfast.cache import KVCache
-from gptfast.kernels import cpu_step
+from gptfast.kernels import cpu_step, cuda_step
 from gptfast.kernels.cpu_step import MAX_TOKENS, CpuStep
+from gptfast.kernels.cuda_step import CudaStep
 from gptfast.kernels.parts import BlockParts, Norm
 from gptfast.layers import MLP, GatedMLP, RMSNorm
 from gptfast.model import Block, Transformer
 from gptfast.rope import Rope
+from quantize.kernels.build import kernels_wanted
 
 
 class FusedStep:
-    """All blocks and the head of a model on a CPU, over one cache."""
+    """All blocks and the head of a model, over one cache."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self.step = CpuStep(model.dtype)
+        self.step: CpuStep | CudaStep
+        self.step = CpuStep(model.dtype) if model.device.type == "cpu" else CudaStep()
         for parts, rope, layer in zip(_parts(model), model.rope_of, cache.layers, strict=True):
             assert parts is not None and layer.values is not None
             scales = (layer.key_scales, layer.value_scales)
@@ -33,7 +36,7 @@ class FusedStep:
         self.turns: list[tuple[Tensor, Tensor]] | None = None
         if not any(rope.depends_on_length for rope in model.ropes):
             # Of every position, the spare one too.
-            places = torch.arange(cache.max_seq_len + 1).unsqueeze(0)
+            places = torch.arange(cache.max_seq_len + 1, device=model.device).unsqueeze(0)
             self.turns = self._turns(places, cache.lengths)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -65,6 +68,12 @@ def why_no_step(model: Transformer, num_rows: int = 1) -> str | None:
     """Why a model has no fused step for so many rows; None where it has one."""
     if num_rows > MAX_TOKENS:
         return f"it is for at most {MAX_TOKENS} rows"
+    if not kernels_wanted():
+        return "GPTFAST_NO_KERNELS is set"
+    if model.device.type == "cuda":
+        reasons = [cuda_step.why_not(p, model.dtype, model.device) for p in _parts(model)]
+        reasons.append(cuda_step.why_no_linear(model.head))
+        return next((reason for reason in reasons if reason is not None), None)
     if model.device.type != "cpu":
         return f"there is none for {model.device.type}"
     for parts in _parts(model):

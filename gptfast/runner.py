@@ -27,12 +27,12 @@ SMALLEST_BOUND = 256
 class ModelRunner:
     """Advances `num_rows` rows of up to `max_seq_len` tokens. An idle row sits at the spare slot.
 
-    On a CPU a decode step is a fused one where the model has it (see fused.py), compiled or not.
+    A decode step is a fused one where the model has it (see fused.py): on a CPU always, on CUDA
+    where it is compiled.
 
     Compiled graphs: blocks at one token a row (one graph for all blocks of a kind), blocks at two
     or more tokens (any number), the head, and a sampler for each plan; beside a fused step only
-    blocks at two or more tokens and samplers that draw. On CUDA the whole decode step replays as
-    one graph.
+    blocks at two or more tokens and samplers. On CUDA the whole decode step replays as one graph.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class ModelRunner:
         self._sample: Callable[..., Tensor] = sample
         self._warm: set[Plan] = set()
         self._graphs: dict[tuple[Plan, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._step = fused_step(model, self.cache)
+        # On CUDA it is many small kernels, worth their launches in a graph only.
+        fuses = compile or self.device.type == "cpu"
+        self._step = fused_step(model, self.cache) if fuses else None
         if compile:
             self.cache.mark_static()
             self._blocks = {
@@ -127,6 +129,8 @@ class ModelRunner:
         No row holds more than `num_used` tokens when the step begins.
         """
         plan, bound = self.sampling.plan(), self._bound(num_used)
+        if self._step is not None:
+            bound = self.cache.max_seq_len  # it knows the lengths on the device: one graph for all
         self._warm_up(plan)
         self.cache.bound.fill_(bound)
         if not (self.compiled and self.device.type == "cuda"):
@@ -162,10 +166,10 @@ class ModelRunner:
         return tokens, logits
 
     def _draw(self, logits: Tensor, state: SamplingState, positions: Tensor, plan: Plan) -> Tensor:
-        """As `sample`. Beside a fused step the greedy plan is worth no graph: it needs one token a
-        prompt.
+        """As `sample`. Beside a CPU's fused step, which finds the best token itself, the greedy
+        plan is worth no graph: it needs one token a prompt.
         """
-        is_rare = plan == "greedy" and self._step is not None
+        is_rare = plan == "greedy" and self._step is not None and self.device.type == "cpu"
         return (sample if is_rare else self._sample)(logits, state, positions, plan)
 
     def _hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
@@ -202,8 +206,12 @@ class ModelRunner:
         for cache, state, places in (alone, together)[self.cache.num_rows == 1 :]:
             tokens = torch.zeros(cache.num_rows, 1, dtype=torch.int64, device=self.device)
             hidden = self.model.embed(tokens)
-            if cache is self.cache and self._step is None:
-                hidden = self._hidden(tokens, torch.full_like(tokens, cache.max_seq_len), cache)
+            if cache is self.cache:
+                padding = torch.full_like(tokens, cache.max_seq_len)
+                if self._step is None:
+                    hidden = self._hidden(tokens, padding, cache)
+                else:  # so that its kernels are compiled before they are captured
+                    self._step(tokens, padding)
             self._draw(self._logits(hidden)[:, 0], state, places, plan)
         self._warm.add(plan)
         self.compile_s += perf_counter() - start

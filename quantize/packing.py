@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from quantize.grouped import GroupedLinear, PackedGroupedLinear
-from quantize.kernels.build import LINEAR
+from quantize.kernels.build import LINEAR, kernels_wanted
 from quantize.kernels.cpu import PackedQuantizedGroupedLinear, PackedQuantizedLinear
 from quantize.kernels.cuda import CudaLinear, CudaQuantizedLinear, why_no_triton
 from quantize.linear import QuantizedGroupedLinear, QuantizedLinear
@@ -40,7 +40,8 @@ def pack_linears(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
 
 def _packed(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     """The faster form of a linear on its device; None where it stays."""
-    if module.weight.device.type == "cuda" and (found := _packed_for_cuda(module, dtype)):
+    on_cuda = module.weight.device.type == "cuda" and kernels_wanted()
+    if on_cuda and (found := _packed_for_cuda(module, dtype)):
         return found
     if isinstance(module, QuantizedLinear | QuantizedGroupedLinear):
         if module.format.kind == "fp8" and not runs_fp8(module.weight.device):

@@ -1,8 +1,10 @@
-"""What only a CUDA device shows: the same tokens as the CPU, from graphs that replay.
+"""What only a CUDA device shows: every kernel of the decode step against its twin at real sizes,
+the same tokens as the CPU, graphs that replay without copies.
 
 All of it is skipped where there is no CUDA device.
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,18 +12,30 @@ import torch
 from family_cases import CASES, raw_config
 from test_kernels import SCORINGS
 from tiny import tiny_gpt2, tiny_llama
+from torch import Tensor, nn
 
+from gptfast.cache import KVCache, LayerCache
 from gptfast.engine import Engine
 from gptfast.families import FAMILIES, model_config
+from gptfast.fused import block_parts
 from gptfast.kernels.attention import attention, attention_reference
+from gptfast.kernels.cuda_attention import decode_attention, write_heads
+from gptfast.kernels.cuda_step import decode_block, why_not
+from gptfast.kernels.rounding import round_vectors
 from gptfast.llm import LLM
 from gptfast.quantization import quant_plan
+from gptfast.rope import rotate
+from gptfast.runner import ModelRunner
 from gptfast.sampling import SamplingParams
-from gptfast.shapes import random_model
+from gptfast.shapes import random_model, shape_config
+from quantize.formats import Format
 from quantize.grouped import grouped_linear, grouped_linear_reference
+from quantize.kernels.cuda import CudaLinear, CudaQuantizedLinear, fused_linear
+from quantize.rounding import round_to_nearest
 
 pytestmark = pytest.mark.gpu
 
+DEVICE = "cuda"
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True)
 
 
@@ -65,6 +79,189 @@ def test_grouped_linear_equals_its_reference(counts, dtype):
         found = grouped_linear(x, weight, biases, ends)
         tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(found.float(), exact, rtol=tolerance, atol=tolerance)
+
+
+# -- the decode step's own kernels --
+
+BF16 = torch.bfloat16
+# Heads, key/value heads, head size, slots: Llama 3.1 8B, Llama 3.2 1B, Gemma 2 2B, StarCoder.
+HEADS = [(32, 8, 128, 8192), (32, 8, 64, 3000), (8, 4, 256, 1024), (48, 1, 128, 2048)]
+# What a part of a real model is: a shape, and what its weights and cache are stored as.
+STEPS = [
+    ("llama-3.1-8b", None, "auto"),
+    ("llama-3.2-1b", "int8", "int8"),
+    ("llama-3.2-1b", "int4", "fp8"),
+    ("llama-2-7b", "fp8", "auto"),
+    ("gemma-2-2b", None, "int8"),
+    ("qwen3-0.6b", "int4", "auto"),
+    ("pythia-1.4b", None, "auto"),
+    ("gpt2", None, "auto"),
+]
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """|found - exact| / |exact|: below 0.01 for operands of 16 bits."""
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def places_of(num_rows: int, num_tokens: int, num_slots: int) -> Tensor:
+    """Rows of all lengths, from a full cache to one token."""
+    last = torch.linspace(num_slots - num_tokens, 0, num_rows).long().unsqueeze(1)
+    return (last + torch.arange(num_tokens)).to(DEVICE)
+
+
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("num_rows", "num_tokens"), [(1, 1), (5, 1), (2, 8)])
+def test_decode_attention_equals_its_reference(num_rows, num_tokens, heads, stored):
+    num_heads, num_kv_heads, dim, num_slots = heads
+    q = torch.randn(num_rows, num_tokens, num_heads, dim, device=DEVICE).to(BF16)
+    shape = (2, num_rows, num_kv_heads, num_slots + 1, dim)
+    keys, values = torch.randn(shape, device=DEVICE).to(BF16)
+    scales: tuple[Tensor, ...] = ()
+    if stored is not None:
+        (keys, key_scales), (values, value_scales) = (
+            round_vectors(tensor, stored) for tensor in (keys, values)
+        )
+        scales = (key_scales, value_scales)
+    positions = places_of(num_rows, num_tokens, num_slots)
+    for window in (None, 300):
+        scoring = (None, window, None, None, None, *scales)
+        found = decode_attention(q, keys, values, positions, *scoring)
+        wide = (keys, values) if scales else (keys.float(), values.float())
+        exact = attention_reference(q.float(), *wide, positions, *scoring)
+        assert relative_error(found, exact) < 0.01
+
+
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_go_into_the_cache_as_the_cache_writes_them(interleaved, stored):
+    """The same numbers, but for the last bit of a rotation."""
+    bound = torch.tensor(99)
+    qkv = torch.randn(16, 1, (32 + 8 + 8) * 128, device=DEVICE).to(BF16)
+    positions = torch.randint(100, (16, 1), device=DEVICE)
+    angles = torch.randn(16, 1, 1, 32, device=DEVICE)
+    turn = (angles.cos(), angles.sin())
+    caches = []
+    for _ in range(2):
+        shape = (16, 8, 101, 128)
+        tensors = [torch.zeros(shape, dtype=stored or BF16, device=DEVICE) for _ in range(2)]
+        if stored is not None:
+            tensors += torch.zeros(2, *shape[:3], 1, device=DEVICE).unbind()
+        caches.append(LayerCache(*tensors[:2], bound, *tensors[2:]))
+    q = write_heads(qkv, caches[0], positions, turn, 32, None, None, interleaved)
+    expected, k, v = qkv.unflatten(-1, (48, 128)).split((32, 8, 8), dim=2)
+    expected, k = (rotate(heads, *turn, interleaved) for heads in (expected, k))
+    caches[1].write(k, v, positions)
+    assert relative_error(q, expected) < 1e-3
+    for ours, theirs in zip(*(cache.tensors for cache in caches), strict=True):
+        assert relative_error(ours.float(), theirs.float()) < 5e-3
+
+
+def device_linear(plain, form):
+    """A linear as `pack_linears` leaves it on a CUDA device."""
+    if form == "bf16":
+        return CudaLinear(plain)
+    return CudaQuantizedLinear(round_to_nearest(plain.weight, Format.parse(form)), plain.bias)
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4", "int4-g64-asym", "fp8"])
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (1000, 2304)])
+def test_linears_equal_their_twin_and_rows_have_the_same_bits(shape, form):
+    num_rows, num_columns = shape
+    plain = nn.Linear(num_columns, num_rows, dtype=BF16, device=DEVICE).requires_grad_(False)
+    linear = device_linear(plain, form)
+    x = torch.randn(16, num_columns, device=DEVICE).to(BF16)
+    every = fused_linear(x, linear)
+    exact = x.double() @ linear.dequantize().double().T + plain.bias.double()
+    assert relative_error(every, exact) < 0.01
+    for count in (1, 2, 5, 11):
+        assert torch.equal(fused_linear(x[-count:].contiguous(), linear), every[-count:])
+
+
+def one_layer(shape, quant):
+    config = model_config(shape_config(shape, 1))
+    plan = None if quant is None else quant_plan(quant)
+    return random_model(config, BF16, DEVICE, quant=plan)
+
+
+@pytest.mark.parametrize(("shape", "quant", "kv_cache_dtype"), STEPS)
+def test_a_fused_block_equals_the_block(shape, quant, kv_cache_dtype):
+    """At real sizes, over rows of different lengths, one of them idle."""
+    model = one_layer(shape, quant)
+    block, config = model.blocks[0], model.config
+    rope = None if model.rope_of[0] is None else model.ropes[model.rope_of[0]]
+    parts = block_parts(block, 0 if rope is None else rope.dim)
+    assert why_not(parts, BF16, model.device) is None
+    num_slots = 700
+    positions = torch.tensor([[0], [num_slots], [300], [num_slots - 1]], device=DEVICE)
+    x = torch.randn(4, 1, config.dim, device=DEVICE).to(BF16)
+    turn = None if rope is None else rope(positions, positions[:, 0] + 1)
+    results = []
+    for run in (block, partial(decode_block, parts)):
+        cache = KVCache.allocate(config, 4, num_slots, BF16, DEVICE, kv_cache_dtype)
+        torch.manual_seed(1)
+        past = torch.randn(4, 600, 2 * config.num_kv_heads, config.head_dim, device=DEVICE)
+        places = torch.arange(600, device=DEVICE).expand(4, -1)
+        cache.layers[0].write(*past.to(BF16).chunk(2, dim=2), places)
+        results.append(run(x, positions, turn, cache.layers[0]))
+    expected, found = results
+    used = [0, 2, 3]
+    assert found.isfinite().all()
+    assert relative_error(found[used] - x[used], expected[used] - x[used]) < 0.02
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4", "fp8"])
+def test_a_row_has_the_same_bits_among_1_to_16(quant):
+    model = one_layer("llama-3.2-1b", quant)
+    config, rope = model.config, model.ropes[0]
+    parts = block_parts(model.blocks[0], rope.dim)
+    cache = KVCache.allocate(config, 16, 2000, BF16, DEVICE)
+    for tensor in cache.layers[0].tensors:
+        tensor.normal_()
+    positions = torch.randint(2000, (16, 1), device=DEVICE)
+    x, turn = (
+        torch.randn(16, 1, config.dim, device=DEVICE).to(BF16),
+        rope(positions, positions[:, 0]),
+    )
+    every = decode_block(parts, x, positions, turn, cache.layers[0])
+    for count in (1, 2, 5, 11):
+        rows = LayerCache(*(t[:count] for t in cache.layers[0].tensors[:2]), cache.bound)
+        few = [tensor[:count] for tensor in turn]
+        assert torch.equal(
+            decode_block(parts, x[:count], positions[:count], few, rows), every[:count]
+        )
+
+
+@torch.no_grad()
+def test_a_replay_copies_nothing_and_serves_all_lengths():
+    """One graph for a plan. What moves in a step is tokens and positions, a few bytes."""
+    model = random_model(model_config(shape_config("llama-3.2-1b", 2)), BF16, DEVICE)
+    runner = ModelRunner(model, 2, 4096, compile=True)
+    for row in range(2):
+        runner.start_row(row, [1, 2, 3], GREEDY, 0)
+    places = [tensor.data_ptr() for layer in runner.cache.layers for tensor in layer.tensors]
+    for num_used in (10, 300, 3000):
+        runner.positions.fill_(num_used)
+        runner.decode(num_used + 1)
+    assert len(runner._graphs) == 1
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            runner.decode(3010)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    kernels = [name for name in names if not name.startswith(("Memcpy", "Memset", "cuda"))]
+    assert {"attend_parts", "split_heads", "join_parts"} <= set(kernels)
+    copies = [name for name in names if name.startswith("Memcpy")]
+    assert len(copies) <= 5 and not any("HtoD" in n or "DtoH" in n for n in copies), copies
+    assert torch.cuda.memory_allocated() == held
+    assert places == [t.data_ptr() for layer in runner.cache.layers for t in layer.tensors]
+
+
+# -- models and engines --
 
 
 @pytest.mark.parametrize("family", FAMILIES)

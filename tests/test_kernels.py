@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptfast.kernels import attention as attention_module
 from gptfast.kernels.attention import (
     attention,
     attention_on_any_device,
@@ -342,3 +343,39 @@ def test_mxfp4_is_what_transformers_makes_of_it() -> None:
     assert torch.equal(dequantize_mxfp4(blocks, scales), theirs.transpose(1, 2))
     assert dequantize_mxfp4(blocks, scales).abs().max() > 100
     assert len(VALUES) == 8
+
+
+# -- attention of long pieces on a CPU --
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+def test_long_pieces_are_read_in_parts(
+    window: int | None, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of four, the last of them shorter: one row after 11 cached tokens, one with padding,
+    one anyhow.
+    """
+    monkeypatch.setattr(attention_module, "TOKENS_TOGETHER", 4)
+    q, keys, values, positions = random_attention(3, 18, (4, 2), 40, seed=1)
+    positions[0] = torch.arange(11, 29)
+    positions[1] = torch.tensor([*range(7), *[40] * 11])
+    scales: tuple[Tensor | None, ...] = (None, None)
+    if rounded:
+        keys, values = (t.mul(20).round().to(torch.int8) for t in (keys, values))
+        scales = tuple(torch.rand(2, 3, 2, 41, 1) / 20)
+    options = {"window": window, "key_scales": scales[0], "value_scales": scales[1]}
+    y = attention(q, keys, values, positions, **options)
+    expected = attention_reference(q, keys, values, positions, **options)
+    seen = positions < 40
+    torch.testing.assert_close(y[seen], expected[seen], rtol=1e-4, atol=1e-5)
+    assert y.isfinite().all()
+
+
+def test_a_part_reads_only_what_its_tokens_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies behind a part's last token is not even masked out: no number there matters."""
+    monkeypatch.setattr(attention_module, "TOKENS_TOGETHER", 8)
+    q, keys, values, _ = random_attention(1, 18, (4, 2), 40, seed=2)
+    values[:, :, 8:] = torch.nan
+    y = attention(q, keys, values, torch.arange(18).unsqueeze(0))
+    assert y[:, :8].isfinite().all() and y[:, 8:].isnan().all()

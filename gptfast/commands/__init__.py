@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": ("gptfast.commands.convert", "write a model anew: faster to load, merged, as HF"),
     "quantize": ("gptfast.commands.quantize", "write a smaller model: round to nearest, GPTQ, AWQ"),
     "info": ("gptfast.commands.info", "show a model's facts, size and memory needs"),
+    "cache": ("gptfast.commands.cache", "what is compiled: show, save to a file, load, clear"),
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it

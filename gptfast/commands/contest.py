@@ -121,6 +121,10 @@ class Gptfast:
 
     def run(self, prompts: Sequence[list[int]], num_new_tokens: int) -> Trace:
         self.engine.forget()
+        return self.continue_all(prompts, num_new_tokens)
+
+    def continue_all(self, prompts: Sequence[list[int]], num_new_tokens: int) -> Trace:
+        """As `run`, but what the cache holds of a prompt is not read again."""
         params = _greedy(num_new_tokens)
         ids = [self.engine.submit(prompt, params) for prompt in prompts]
         tokens: dict[int, list[int]] = {request_id: [] for request_id in ids}

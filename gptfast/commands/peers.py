@@ -30,7 +30,8 @@ class Transformers:
     def __init__(
         self, folder: Path, dtype: torch.dtype, device: torch.device, compile: bool
     ) -> None:
-        transformers = _import_transformers()
+        transformers = self._package = _import_transformers()
+        self.compiled = compile
         self.name = "transformers compiled" if compile else "transformers"
         self.version = transformers.__version__
         self.compile_s = None if compile else 0.0
@@ -45,8 +46,15 @@ class Transformers:
             settings |= {"cache_implementation": "static", "compile_config": config}
         self.settings = settings
 
+    def new_cache(self, max_seq_len: int) -> Any:
+        """An empty cache of the kind that `run` uses: a growing one; compiled, of a fixed size."""
+        if not self.compiled:
+            return self._package.DynamicCache(config=self.model.config)
+        return self._package.StaticCache(self.model.config, max_cache_len=max_seq_len)
+
     @torch.no_grad()
-    def run(self, prompts: Sequence[list[int]], num_new_tokens: int) -> Trace:
+    def run(self, prompts: Sequence[list[int]], num_new_tokens: int, **settings: Any) -> Trace:
+        """As every contestant; `settings` go to `generate`."""
         tokens = torch.tensor(prompts, device=self.model.device)  # [B, T]
         clock = _Clock()
         output = self.model.generate(
@@ -55,7 +63,7 @@ class Transformers:
             min_new_tokens=num_new_tokens,
             max_new_tokens=num_new_tokens,
             streamer=clock,
-            **self.settings,
+            **self.settings | settings,
         )
         new = output[:, tokens.size(1) :].tolist()
         return Trace(new, [clock.stats(len(prompt)) for prompt in prompts])

@@ -22,19 +22,31 @@ constexpr bool HAS_PAIRS = true;
 inline Floats add_products(Floats sums, Words a, Words b) {
   return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
 }
+inline Words paired(Floats low, Floats high) {  // 32 numbers, rounded, in their order
+  return (Words)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+inline Words interleaved(const void* a, const void* b) {  // sixteen numbers of each
+  const auto wide = [](const void* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  };
+  return (Words)_mm512_or_si512(wide(a), _mm512_slli_epi32(wide(b), 16));
+}
 #else
 constexpr bool HAS_PAIRS = false;
 inline Floats add_products(Floats sums, Words, Words) { return sums; }
+inline Words paired(Floats, Floats) { return {}; }
+inline Words interleaved(const void*, const void*) { return {}; }
 #endif
 
 int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // A vector of the cache as floats, sixteen at a time. Numbers of eight bits are without their scale.
-Floats stored_floats(Stored stored, Number type, const void* from, int64_t at, int64_t count) {
+inline Floats stored_floats(Stored stored, Number type, const void* from, int64_t at, int64_t count) {
   if (stored == Stored::as_computed) return load_some(type, from, at, count);
   typedef int8_t Bytes __attribute__((vector_size(16)));
   Bytes bytes{};
-  std::memcpy(&bytes, static_cast<const char*>(from) + at, count);
+  if (count == LANES) bytes = load<Bytes>(static_cast<const char*>(from) + at);
+  else std::memcpy(&bytes, static_cast<const char*>(from) + at, std::max<int64_t>(count, 0));
   const Ints wide = __builtin_convertvector(bytes, Ints);
   if (stored == Stored::int8) return __builtin_convertvector(wide, Floats);
   // e4m3 at the place of a float's bits is 2^-120 of what it means.
@@ -96,13 +108,9 @@ inline Words slot_words(Stored stored, Number type, const void* from, int64_t at
       std::memcpy(&words, p, count * 2);
       return words;
     }
-    alignas(64) uint16_t halves[2 * LANES];
-    const int64_t rest = std::max<int64_t>(count - LANES, 0);
     const auto low = stored_floats(stored, type, from, first, std::min(count, LANES));
-    const auto high = stored_floats(stored, type, from, first + LANES, rest);
-    store_as(Number::bfloat16, halves, 0, low);
-    store_as(Number::bfloat16, halves, LANES, high);
-    return load<Words>(halves);
+    const auto high = stored_floats(stored, type, from, first + LANES, count - LANES);
+    return paired(low, high);
   } else {
     return (Words)stored_floats(stored, type, from, at, std::min(dim - at, LANES));
   }
@@ -190,6 +198,11 @@ void add_values_of(int count, const Scratch& scratch, int64_t dim, float* const*
   ((count == Q + 1 ? add_values<PAIRS, Q + 1>(scratch, dim, sums) : void()), ...);
 }
 
+// A vector of the next block, while this one is computed with.
+inline void fetch(const char* from, int64_t size) {
+  for (int64_t at = 0; at < size; at += 64) asm volatile("prefetcht0 %0" : : "m"(from[at]));
+}
+
 // The keys and values of slots start..start+count-1; beyond them zeros.
 template <bool PAIRS>
 void read_block(Scratch& scratch, const Slots& slots, Number type, int64_t row, int64_t head,
@@ -199,37 +212,54 @@ void read_block(Scratch& scratch, const Slots& slots, Number type, int64_t row, 
     return static_cast<const char*>(p) +
            (row * of_row + head * of_head + (start + s) * of_slot) * size;
   };
+  const bool is_plain = slots.stored == Stored::as_computed;
   for (int64_t s = 0; s < BLOCK; s += LANES) {
+    const char* from[LANES];
+    for (int i = 0; i < LANES; ++i) {
+      from[i] = slot(slots.keys, slots.key_row, slots.key_head, slots.key_slot, s + i);
+    }
+    const bool whole = s + LANES <= count && is_plain;
+    const int64_t ahead = BLOCK * slots.key_slot * size;
+    for (const char* p : from) fetch(p + ahead, slots.key_dim * size);
     for (int64_t w = 0; w < words; w += LANES) {
-      Words rows[16];
-      for (int i = 0; i < 16; ++i) {
-        if (s + i >= count) {
-          rows[i] = Words{};
-          continue;
+      Words rows[LANES];
+      if (whole && (w + LANES) * 4 <= slots.key_dim * size) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) rows[i] = load<Words>(from[i] + w * 4);
+      } else {
+        for (int i = 0; i < LANES; ++i) {
+          rows[i] = s + i < count
+                        ? slot_words<PAIRS>(slots.stored, type, from[i], w, slots.key_dim)
+                        : Words{};
         }
-        const char* from = slot(slots.keys, slots.key_row, slots.key_head, slots.key_slot, s + i);
-        rows[i] = slot_words<PAIRS>(slots.stored, type, from, w, slots.key_dim);
       }
       turn(rows);
-      for (int i = 0; i < 16; ++i) {
-        store(scratch.keys.data() + (w + i) * BLOCK + s, rows[i]);
-      }
+      uint32_t* to = scratch.keys.data() + w * BLOCK + s;
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) store(to + i * BLOCK, rows[i]);
     }
   }
-  const auto value = [&](int64_t s, int64_t at) {
-    if (s >= count) return Floats{};
+  constexpr int TOGETHER = PAIRS ? 2 : 1;
+  for (int64_t s = 0; s < BLOCK; s += TOGETHER) {
     const char* from =
         slot(slots.values, slots.value_row, slots.value_head, slots.value_slot, s);
-    const int64_t rest = std::min(slots.value_dim - at, LANES);
-    return stored_floats(slots.stored, type, from, at, rest);
-  };
-  for (int64_t at = 0; at < dim; at += LANES) {
-    for (int64_t s = 0; s < BLOCK; s += PAIRS ? 2 : 1) {
+    const char* behind = from + slots.value_slot * size;
+    fetch(from + BLOCK * slots.value_slot * size, slots.value_dim * size * TOGETHER);
+    uint32_t* to = scratch.values.data() + s / TOGETHER * dim;
+    for (int64_t at = 0; at < dim; at += LANES) {
+      const int64_t rest = std::min(slots.value_dim - at, LANES);
+      const auto floats = [&](int64_t slot, const char* p) {
+        return slot < count ? stored_floats(slots.stored, type, p, at, rest) : Floats{};
+      };
       if constexpr (PAIRS) {
-        const Words pair = ((Words)value(s, at) >> 16) | ((Words)value(s + 1, at) & 0xFFFF0000u);
-        store(scratch.values.data() + s / 2 * dim + at, pair);
+        if (is_plain && rest == LANES && s + 1 < count) {
+          store(to + at, interleaved(from + at * 2, behind + at * 2));
+        } else {
+          store(to + at, ((Words)floats(s, from) >> 16) |
+                             ((Words)floats(s + 1, behind) & 0xFFFF0000u));
+        }
       } else {
-        store(scratch.values.data() + s * dim + at, value(s, at));
+        store(to + at, floats(s, from));
       }
     }
   }
@@ -329,6 +359,7 @@ void Attention::run(int64_t unit, const void* q, Number type, const Slots& slots
         const int64_t query = first + i, position = positions[query / group];
         const int64_t query_head = head * group + query % group;
         of_queries[i] = results + query * padded_dim;
+        const bool all_seen = start + BLOCK - 1 <= position && !window && !how.slopes;
         Floats scores[BLOCK / LANES], most = splat(NONE);
         for (int j = 0; j < BLOCK / LANES; ++j) {
           Floats s = load<Floats>(scratch.scores[i] + j * LANES) * how.scale;
@@ -338,6 +369,11 @@ void Attention::run(int64_t unit, const void* q, Number type, const Slots& slots
             s *= load_some(Number::float32, slots.key_scales, of_scales + at, rest);
           }
           if (how.softcap) s = how.softcap * hyperbolic_tangent(s / how.softcap);
+          if (all_seen) {
+            scores[j] = s;
+            most = larger(s, most);
+            continue;
+          }
           Ints distance = (static_cast<int32_t>(position - at)) -
                           Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
           if (how.slopes) s -= how.slopes[query_head] * __builtin_convertvector(distance, Floats);

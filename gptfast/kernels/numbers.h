@@ -28,17 +28,20 @@ inline void store(void* p, Vector v) {
   std::memcpy(p, &v, sizeof(v));
 }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-inline float sum_of(Floats v) {
-  for (int width = 8; width; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  }
+// Over all lanes: of the halves, of their halves, and so on.
+template <class Op>
+inline float folded(Floats v, Op op) {
+  v = op(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
   return v[0];
 }
+inline float sum_of(Floats v) {
+  return folded(v, [](Floats a, Floats b) { return a + b; });
+}
 inline float largest_of(Floats v) {
-  for (int width = 8; width; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
-  }
-  return v[0];
+  return folded(v, [](Floats a, Floats b) { return larger(a, b); });
 }
 
 inline Floats widened(Halves h) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
@@ -103,8 +106,9 @@ inline Floats exponential(Floats x) {
   constexpr float ROUND = 12582912;  // 1.5 * 2^23
   const Floats n = limited * 1.44269504f + ROUND - ROUND;
   const Floats r = (limited - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats p = splat(1.f / 5040);
-  for (float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = p * r + factor;
+  Floats p = splat(1.f / 5040) * r + 1.f / 720;
+  p = ((p * r + 1.f / 120) * r + 1.f / 24) * r + 1.f / 6;
+  p = ((p * r + 0.5f) * r + 1.f) * r + 1.f;
   const Ints power = __builtin_convertvector(n, Ints) << 23;
   const Floats e = (Floats)((Ints)p + power);
   return x < splat(-87.f) ? Floats{} : e;

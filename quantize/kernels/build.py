@@ -34,6 +34,11 @@ class Unavailable(Exception):
     """Why there are no kernels."""
 
 
+def kernels_wanted() -> bool:
+    """Whether GPTFAST_NO_KERNELS is not set, which leaves everything to plain PyTorch."""
+    return os.environ.get("GPTFAST_NO_KERNELS", "0") in ("", "0")
+
+
 class Library:
     """Operators from C++ sources that register themselves with PyTorch when they are loaded. They
     may include the headers of another library and call what it exports.
@@ -67,7 +72,7 @@ class Library:
         return self._why_not
 
     def _built(self, progress: Callable[[str], None] | None) -> Path:
-        if os.environ.get("GPTFAST_NO_KERNELS", "0") not in ("", "0"):
+        if not kernels_wanted():
             raise Unavailable("GPTFAST_NO_KERNELS is set")
         compiler, flags = find_compiler(), [*FLAGS, *processor_flags()]
         linked = loaded_openmp()

@@ -98,7 +98,9 @@ class PackedQuantizedLinear(_Packed):
     """y = x W^T + b with a packed W [N, K]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]. A row has the same bits however many there are, up to 64."""
+        """x [..., K] -> [..., N]. A row has the same bits however many there are: up to 64, or any
+        number where sums are of whole rows or of integers.
+        """
         return torch.ops.quantize.packed_quantized_linear.default(
             self._ordered(x),
             self.values,
