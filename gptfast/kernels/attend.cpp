@@ -34,8 +34,8 @@ inline Words interleaved(const void* a, const void* b) {  // sixteen numbers of 
 #else
 constexpr bool HAS_PAIRS = false;
 inline Floats add_products(Floats sums, Words, Words) { return sums; }
-inline Words paired(Floats, Floats) { return {}; }
-inline Words interleaved(const void*, const void*) { return {}; }
+inline Words paired(Floats, Floats) { return Words{}; }
+inline Words interleaved(const void*, const void*) { return Words{}; }
 #endif
 
 int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
