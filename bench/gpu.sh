@@ -13,20 +13,20 @@
 #                       same bits, graphs that replay without copies
 #   8b            95 s  llama-3.1-8b: decode and prefill in bf16, int4, int8, fp8
 #   1b            55 s  llama-3.2-1b
-#   flat          40 s  linears of 8B for 1, 2, 4, 8 and 16 rows
+#   flat          50 s  linears of 8B for 1, 2, 4, 8 and 16 rows
 #   context       50 s  llama-3.1-8b behind 512 to 32768 tokens, cache in bf16 and int8; its kernels
 #   int4          25 s  the kernels of a step of llama-3.1-8b in int4
 #   7b            50 s  llama-2-7b
-#   startup       55 s  llama-3.2-1b: process start to first token, eager, compiled cold and warm
+#   startup       45 s  llama-3.2-1b: process start to first token, eager, compiled cold and warm
 #   engine        40 s  correctness: families, engines, caches, experts against the CPU
 #   roofline      10 s  the plot
-#   sum          535 s  and none begins later than 525 s after the first
+#   sum          535 s  and none begins later than 520 s after the first
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUTDIR}
 PY=${PY:-python3}
 export PYTHONPATH=. PYTHONUNBUFFERED=1
-end=535
+end=530
 mkdir -p "$out"
 : >"$out/results.jsonl"
 failed=0
@@ -74,12 +74,12 @@ step limits 20 "$PY" bench/roofline.py --measure --device cuda
 step kernels 95 "$PY" $tests -k "$own"
 table 8b 95 llama-3.1-8b
 table 1b 55 llama-3.2-1b
-step flat 40 "$PY" bench/kernels.py --device cuda --rows 1,2,4,8,16 --rounds 3 \
+step flat 50 "$PY" bench/kernels.py --device cuda --rows 1,2,4,8,16 --rounds 3 \
     --formats torch,bf16,fp8,int8,int4-g32,int4-g128
 step context 50 "$PY" $context
 step int4 25 "$PY" $context --quant int4 --contexts 512 --caches auto
 table 7b 50 llama-2-7b
-step startup 55 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
+step startup 45 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
 step engine 40 "$PY" $tests -k "not ($own)"
 step roofline 10 "$PY" bench/roofline.py "$out/results.jsonl" --out "$out/roofline.png"
 echo "== $failed steps failed; $SECONDS s"

@@ -8,7 +8,8 @@ Every case has as many copies of its weight as the caches cannot hold, used in t
 turns in every round, with a probe of the memory before and after each. On a CPU, of the calls of a
 round the fast tenth counts, of the probe as well: who else uses the machine only ever adds time.
 On a CUDA device the calls of a round are one graph, and their mean counts. Format `torch` is
-PyTorch's own linear. `--prefill` measures that many rows, in milliseconds. Ends with one JSON line.
+PyTorch's own linear. `--prefill` measures that many rows, in milliseconds. Prints a JSON line for
+each shape.
 """
 
 import argparse
@@ -88,7 +89,9 @@ def main() -> None:
                 for count in counts:
                     figures = {"shape": text, "format": name, "rows": count, **found[name, count]}
                     results.append(figures)
-    print(json.dumps({**header, "results": results}))
+            own = [figures for figures in results if figures["shape"] == text]
+            # At once: a run that is cut off keeps what it has.
+            print(json.dumps({**header, "results": own}), flush=True)
 
 
 def copies(

@@ -18,7 +18,7 @@ from typing import Any
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 WARM_TOKENS = 8  # decoded unmeasured, so that what happens only once is over
-SLOW = 0.6  # of the fastest's speed: who has less rests after its first turn of a stage
+SLOW = 0.6  # of the fastest's speed: who has less after two turns of a stage rests
 SHORT = "short"  # the stage of rounds with short prompts; the others are named by their context
 
 
@@ -172,14 +172,14 @@ def _hold_rounds(
     turn: Callable[[Racer, int], dict[str, float]],
 ) -> None:
     """Rounds A B A B ..., with a probe before and after each turn. Peers that are far behind leave
-    after the first: they are close to nothing, and would take most of the time.
+    after two: they are close to nothing, and would take most of the time.
     """
     for racer in racers:
         _attempt(racer, prepare)
     before = probe()
     for number in range(1, num_rounds + 1):
         for racer in racers:
-            if number > 1 and _is_slow(racer, racers, stage):
+            if _is_slow(racer, racers, stage):
                 continue
             figures: dict[str, float] = {}
             _attempt(racer, lambda one: figures.update(turn(one, number)))  # noqa: B023 (called now)
@@ -194,13 +194,14 @@ def _hold_rounds(
 
 
 def _is_slow(racer: Racer, racers: Sequence[Racer], stage: str) -> bool:
-    """By the first round; ours never is."""
-    first = [each.stages[stage][0]["decode_tok_s"] for each in racers if stage in each.stages]
-    return (
-        racer.entry.engine != "gptfast"
-        and stage in racer.stages
-        and racer.stages[stage][0]["decode_tok_s"] < SLOW * max(first)
-    )
+    """By the better of two rounds, since one may have met with something else; ours never is."""
+
+    def best(one: Racer) -> float:
+        return max((each["decode_tok_s"] for each in one.stages.get(stage, [])), default=0.0)
+
+    has_had_two = len(racer.stages.get(stage, [])) >= 2
+    is_own = racer.entry.engine == "gptfast"
+    return has_had_two and not is_own and best(racer) < SLOW * max(map(best, racers))
 
 
 def _short_turn(racer: Racer, work: Work, number: int, new_tokens: int) -> dict[str, float]:

@@ -74,7 +74,8 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def _rounds(figures: dict[str, Any], num_rounds: int) -> str:
     """Who was far behind had fewer."""
-    return "" if len(figures["per_round"]) == num_rounds else " (1 round)"
+    count = len(figures["per_round"])
+    return "" if count == num_rounds else f" ({count} rounds)"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -35,6 +35,8 @@ def compile_alone(function: Callable[..., Tensor], device: torch.device) -> Call
     )
     with suppress(Unavailable, OSError):  # then PyTorch's own place, below /tmp
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
+        if device.type == "cuda":  # for kernels of our own, before Inductor has any
+            os.environ.setdefault("TRITON_CACHE_DIR", str(compiled_folder() / "triton"))
     return torch.compile(copy, fullgraph=True, options=options(device))
 
 

@@ -285,7 +285,7 @@ class Engine:
             pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             tokens = pinned.copy_(tokens, non_blocking=True)
             ready = torch.cuda.Event()
-            ready.record()
+            ready.record(torch.cuda.current_stream(self.device))
         for request in filter(None, requests):
             request.num_dispatched += 1
         self._in_flight.append(_InFlight(tokens, requests, logprobs, ready, is_decode))

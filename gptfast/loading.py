@@ -140,8 +140,9 @@ class _Reading:
         """
         if self.formats or not isinstance(self.source.tensors, TensorFiles | QuantizedFiles):
             return 1
-        largest = max(weight.numel() for weight in self.model.parameters()) * self.dtype.itemsize
-        return max(1, min(MAX_WORKERS, torch.get_num_threads(), WORKERS_BYTES // largest))
+        through = [w.nbytes for n, w in self.model.named_parameters() if self._passes_through(n)]
+        room = WORKERS_BYTES // max(through) if through else MAX_WORKERS
+        return max(1, min(MAX_WORKERS, torch.get_num_threads(), room))
 
     def read(self, name: str) -> None:
         """Reads a parameter, rounds it where asked, and puts it in its place, on a CPU in the form
@@ -159,6 +160,10 @@ class _Reading:
                 self._pack(each.removesuffix(".weight"))
             if scratch is not None and isinstance(weight, Tensor):
                 self._keep(each)
+
+    def read_all(self, names: list[str]) -> None:
+        for name in names:
+            self.read(name)
 
     def _passes_through(self, name: str) -> bool:
         """Whether a weight will be rounded or packed, as far as one can tell before."""
@@ -198,9 +203,13 @@ def _fill(reading: _Reading, progress: Progress) -> None:
     share = num_threads // num_workers
     with ThreadPoolExecutor(num_workers, "load", torch.set_num_threads, (share,)) as pool:
         try:
-            results = {name: pool.submit(reading.read, name) for name in names}
+            # A module's parameters by one thread: packing its weight takes its bias along.
+            groups: dict[str, list[str]] = {}
+            for name in names:
+                groups.setdefault(name.rpartition(".")[0], []).append(name)
+            results = {owner: pool.submit(reading.read_all, each) for owner, each in groups.items()}
             for name in progress(names):
-                results[name].result()
+                results[name.rpartition(".")[0]].result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -221,7 +221,8 @@ class ModelRunner:
         if (plan, bound) not in self._graphs:
             start = perf_counter()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            stream = torch.cuda.Stream(self.device)
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=stream):
                 tokens, logits = self._decode(plan)
             self._graphs[plan, bound] = graph, tokens, logits
             self.compile_s += perf_counter() - start

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
-from gptfast import compiler
+from gptfast import compiler, loading
 from gptfast.checkpoint import inspect
 from gptfast.commands import main
 from gptfast.convert import convert
@@ -70,6 +71,25 @@ def test_threads_read_what_one_reads(
     assert_same(empty, dict(plain))
     if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert isinstance(empty.blocks[1].mlp.down, PackedLinear)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_bias_stays_with_its_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that is slow to pack has taken its module's bias; no other thread may put it there
+    meanwhile.
+    """
+    folder = tiny_gpt2(tmp_path)
+    pack, expected = loading.pack_linears, weights(load(folder, torch.float32))
+
+    def slow(model: torch.nn.Module, dtype: torch.dtype) -> None:
+        pack(model, dtype)
+        time.sleep(0.003)
+
+    monkeypatch.setattr(loading, "pack_linears", slow)
+    for _ in range(3):
+        found = weights(load(folder, torch.bfloat16))
+        for name, weight in found.items():
+            assert torch.equal(weight.float(), expected[name].bfloat16().float()), name
 
 
 def _meta(source: Any) -> Transformer:

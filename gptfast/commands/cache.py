@@ -6,6 +6,7 @@ loads it, as with any program.
 """
 
 import argparse
+import gzip
 import io
 import json
 import os
@@ -111,18 +112,21 @@ def load(folders: dict[str, Path], file: Path) -> list[int]:
     """
     added = []
     try:
+        with gzip.open(file) as whole:  # its checksum comes last, and tarfile does not look at it
+            while whole.read(1 << 20):
+                pass
         with tarfile.open(file) as tar:
             entries = iter(tar)
             _check_facts(file, tar, next(entries, None))
             for entry in entries:
-                kind, *parts = PurePosixPath(entry.name).parts
+                kind, *parts = PurePosixPath(entry.name).parts or ("",)
                 if not entry.isfile() or kind not in folders or not parts or ".." in parts:
                     raise ValueError(f"{file}: {entry.name!r} does not belong in a saved cache")
                 target = folders[kind].joinpath(*parts)
                 if not target.exists():
                     _put(tar, entry, target)
                     added.append(entry.size)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = str(error).splitlines()[0].rstrip(":")
         raise ValueError(
             f"{file}: not a complete file of gptfast cache save ({reason}); make it again"
@@ -142,10 +146,14 @@ def clear(folders: dict[str, Path]) -> list[int]:
 
 
 def _check_facts(file: Path, tar: tarfile.TarFile, first: tarfile.TarInfo | None) -> None:
-    reader = tar.extractfile(first) if first is not None and first.name == FACTS else None
+    reader = None
+    if first is not None and first.name == FACTS and first.isfile():
+        reader = tar.extractfile(first)
     if reader is None:
         raise ValueError(f"{file}: not a file of gptfast cache save: it does not begin with facts")
     theirs, ours = json.load(reader), {"format": FORMAT, **facts()}
+    if not isinstance(theirs, dict) or not isinstance(theirs.get("processor", []), list):
+        raise ValueError(f"{file}: not a file of gptfast cache save: its facts are none")
     for key in ("format", *sorted(theirs.keys() | ours.keys())):
         if theirs.get(key) != ours.get(key):
             found, here = theirs.get(key), ours.get(key)
@@ -168,9 +176,13 @@ def _put(tar: tarfile.TarFile, entry: tarfile.TarInfo, target: Path) -> None:
     assert reader is not None
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
-        shutil.copyfileobj(reader, out)
-    os.chmod(out.name, 0o700)
-    os.replace(out.name, target)
+        try:
+            shutil.copyfileobj(reader, out)
+            os.chmod(out.name, 0o700)
+            os.replace(out.name, target)
+        except BaseException:
+            os.unlink(out.name)
+            raise
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.formats import Format, QuantizedWeight
+from quantize.kernels.build import kernels_wanted
 from quantize.kernels.call import Call
 from quantize.kernels.words import LEAST_GROUP, PackedWords, pack_words, unpack_words
 from quantize.linear import round_activations
@@ -49,11 +50,15 @@ class NormSpec:
 
 def why_no_triton(device: torch.device) -> str | None:
     """None where the kernels run on a device, else why they do not."""
+    if not kernels_wanted():
+        return "GPTFAST_NO_KERNELS is set"
     if not _has_triton():
         return "triton is not installed"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        return None if capability >= (8, 0) else f"compute capability {capability} is below 8.0"
+        if capability < (8, 0):
+            return f"compute capability {capability} is below 8.0"
+        return _why_no_launch(device)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"none for {device.type}"
@@ -62,6 +67,19 @@ def why_no_triton(device: torch.device) -> str | None:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _why_no_launch(device: torch.device) -> str | None:
+    """Triton needs a C compiler and Python's headers where it runs, and a driver that it knows."""
+    try:
+        from quantize.kernels.triton_launch import try_launch
+
+        with torch.cuda.device(device):
+            try_launch(device)
+    except Exception as error:
+        return f"Triton fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return None
 
 
 class CudaLinear(nn.Module):
@@ -271,7 +289,8 @@ def plain_weight(call: Call) -> Tensor:
         return unpack_words(form, packed, *size).dequantize(dtype)
     from quantize.kernels.triton_launch import dequantized  # only where triton is installed
 
-    return dequantized(form, packed, *size, dtype)
+    with torch.cuda.device_of(call.x):
+        return dequantized(form, packed, *size, dtype)
 
 
 def normed(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -290,11 +309,12 @@ def _by_kernel(call: Call, out: Tensor) -> bool:
     num_rows = call.x.numel() // call.x.size(-1)
     if not 0 < num_rows <= MAX_ROWS or why_no_triton(call.x.device) is not None:
         return False
-    if not out.is_contiguous():
+    if not out.is_contiguous() or not call.weight.is_contiguous():
         return False
     from quantize.kernels.triton_launch import launch  # only where triton is installed
 
-    launch(call, out)
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        launch(call, out)
     return True
 
 

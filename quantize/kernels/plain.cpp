@@ -111,9 +111,12 @@ class PlainProduct : public Product {
         }
       }
     };
+    constexpr int64_t EARLY = AHEAD / sizeof(Element);
     for (int64_t k = 0; k < whole; k += 16) {
+      // What follows the end of these rows is the beginning of the next ones.
+      const int64_t at = k + EARLY + (k + EARLY < num_columns ? 0 : (R - 1) * num_columns);
       for (int r = 0; r < R; ++r) {
-        _mm_prefetch(reinterpret_cast<const char*>(rows[r] + k) + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(rows[r] + at), _MM_HINT_T0);
       }
       step(k, [&](int r, int64_t at) { return load_as(rows[r] + at); });
     }

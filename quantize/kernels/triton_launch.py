@@ -100,6 +100,13 @@ def dequantized(
     return out
 
 
+def try_launch(device: torch.device) -> None:
+    """Raises what a first launch raises."""
+    line = torch.zeros(16, device=device)
+    grid, options = (1,), {"K": 16, "NORM": "rms", "BLOCK": 1024, "PDL": False}
+    triton_linear.norm_rows[grid](line, line, None, torch.empty_like(line), 1.0, **options)
+
+
 def _norm_rows(x: Tensor, call: Call, options: dict[str, Any]) -> Tensor:
     """x [M, K] under the call's norm, by a kernel of its own."""
     y = torch.empty_like(x)
