@@ -21,7 +21,7 @@ def keep_packed(owner: object, weight: Tensor) -> int:
     handle = next(_next_handle)
     # The layout is chosen for this many rows; it serves all counts.
     _packed_weights[handle] = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    weakref.finalize(owner, _packed_weights.pop, handle)
+    weakref.finalize(owner, _packed_weights.pop, handle).atexit = False
     return handle
 
 

@@ -60,7 +60,7 @@ def middle(values: Iterable[float]) -> float:
 
 def check_figures(figures: dict[str, Any], contexts: list[int]) -> None:
     """Medians of their rounds, consistent with one another."""
-    assert len(figures["per_round"]) in (2, 3)  # one, where it was far behind
+    assert len(figures["per_round"]) in (2, 3)  # two, where it was far behind
     for key in ("decode_tok_s", "prefill_tok_s", "bandwidth_fraction"):
         assert figures[key] == middle(each[key] for each in figures["per_round"]) > 0
     for each in figures["per_round"]:

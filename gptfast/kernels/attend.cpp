@@ -203,10 +203,11 @@ inline void fetch(const char* from, int64_t size) {
   for (int64_t at = 0; at < size; at += 64) asm volatile("prefetcht0 %0" : : "m"(from[at]));
 }
 
-// The keys and values of slots start..start+count-1; beyond them zeros.
+// The keys and values of slots start+skip..start+count-1; zeros for the others of the block, whatever
+// they hold.
 template <bool PAIRS>
 void read_block(Scratch& scratch, const Slots& slots, Number type, int64_t row, int64_t head,
-                int64_t start, int64_t count, int64_t words, int64_t dim) {
+                int64_t start, int64_t skip, int64_t count, int64_t words, int64_t dim) {
   const int64_t size = slots.stored == Stored::as_computed ? size_of(type) : 1;
   const auto slot = [&](const void* p, int64_t of_row, int64_t of_head, int64_t of_slot, int64_t s) {
     return static_cast<const char*>(p) +
@@ -218,7 +219,8 @@ void read_block(Scratch& scratch, const Slots& slots, Number type, int64_t row, 
     for (int i = 0; i < LANES; ++i) {
       from[i] = slot(slots.keys, slots.key_row, slots.key_head, slots.key_slot, s + i);
     }
-    const bool whole = s + LANES <= count && is_plain;
+    const bool whole =
+        skip <= s && s + LANES <= count && is_plain && (PAIRS || size == 4);
     const int64_t ahead = BLOCK * slots.key_slot * size;
     for (const char* p : from) fetch(p + ahead, slots.key_dim * size);
     for (int64_t w = 0; w < words; w += LANES) {
@@ -228,7 +230,7 @@ void read_block(Scratch& scratch, const Slots& slots, Number type, int64_t row, 
         for (int i = 0; i < LANES; ++i) rows[i] = load<Words>(from[i] + w * 4);
       } else {
         for (int i = 0; i < LANES; ++i) {
-          rows[i] = s + i < count
+          rows[i] = skip <= s + i && s + i < count
                         ? slot_words<PAIRS>(slots.stored, type, from[i], w, slots.key_dim)
                         : Words{};
         }
@@ -249,10 +251,11 @@ void read_block(Scratch& scratch, const Slots& slots, Number type, int64_t row, 
     for (int64_t at = 0; at < dim; at += LANES) {
       const int64_t rest = std::min(slots.value_dim - at, LANES);
       const auto floats = [&](int64_t slot, const char* p) {
-        return slot < count ? stored_floats(slots.stored, type, p, at, rest) : Floats{};
+        const bool is_in = skip <= slot && slot < count;
+        return is_in ? stored_floats(slots.stored, type, p, at, rest) : Floats{};
       };
       if constexpr (PAIRS) {
-        if (is_plain && rest == LANES && s + 1 < count) {
+        if (is_plain && rest == LANES && skip <= s && s + 1 < count) {
           store(to + at, interleaved(from + at * 2, behind + at * 2));
         } else {
           store(to + at, ((Words)floats(s, from) >> 16) |
@@ -349,7 +352,8 @@ void Attention::run(int64_t unit, const void* q, Number type, const Slots& slots
   for (int64_t start = std::max(chunk * CHUNK, begin / BLOCK * BLOCK); start < end; start += BLOCK) {
     const int64_t count = std::min(BLOCK, end - start);
     const auto read = pairs ? read_block<true> : read_block<false>;
-    read(scratch, slots, type, row, head, start, count, words, padded_dim);
+    const int64_t skip = std::max<int64_t>(begin - start, 0);
+    read(scratch, slots, type, row, head, start, skip, count, words, padded_dim);
     for (int64_t first = 0; first < queries; first += TOGETHER) {
       const int together = std::min<int64_t>(TOGETHER, queries - first);
       if (pairs) multiply_keys_of<true>(together, scratch, first, words, Counts());
@@ -394,8 +398,9 @@ void Attention::run(int64_t unit, const void* q, Number type, const Slots& slots
           sum += weights;
           const int64_t rest = std::clamp<int64_t>(count - j * LANES, 0, LANES);
           if (slots.value_scales && rest) {
-            weights *= load_some(Number::float32, slots.value_scales,
-                                 of_scales + start + j * LANES, rest);
+            const Floats scales = load_some(Number::float32, slots.value_scales,
+                                            of_scales + start + j * LANES, rest);
+            weights = weights == 0 ? weights : weights * scales;  // of no slot that is not seen
           }
           if (pairs) store_as(Number::bfloat16, scratch.weights[i], j * LANES, weights);
           else store(scratch.scores[i] + j * LANES, weights);
@@ -416,25 +421,36 @@ void Attention::run(int64_t unit, const void* q, Number type, const Slots& slots
   }
 }
 
-void Attention::finish(int64_t token, Number type, const Scoring& how, void* to) const {
+void Attention::finish(int64_t token, Number type, const Slots& slots, const Scoring& how,
+                       void* to) const {
   const Row& row = rows[token / tokens];
-  const bool is_padding = places[token] < 0;
   thread_local std::vector<float> result;
   result.resize(padded_dim);
   for (int64_t h = 0; h < query_heads; ++h) {
+    if (places[token] < 0) {
+      const int64_t head = h / group, b = token / tokens;
+      const int64_t size = slots.stored == Stored::as_computed ? size_of(type) : 1;
+      const char* from = static_cast<const char*>(slots.values) +
+                         (b * slots.value_row + head * slots.value_head) * size;
+      const float scale =
+          slots.value_scales ? slots.value_scales[(b * heads + head) * slots.num_slots] : 1;
+      by_lanes(value_dim, [&](int64_t at, int64_t count) {
+        const Floats first = stored_floats(slots.stored, type, from, at, count) * scale;
+        store_some(type, to, h * value_dim + at, count, first);
+      });
+      continue;
+    }
     const int64_t query = token % tokens * group + h % group;
     const int64_t first = row.first_unit + h / group * row.num_chunks;
     const auto of = [&](int64_t chunk) { return partial(first + chunk); };
     float most = how.sinks ? how.sinks[h] : NONE;
-    if (!is_padding) {
-      for (int64_t c = 0; c < row.num_chunks; ++c) most = std::max(most, of(c)[query]);
-    }
+    for (int64_t c = 0; c < row.num_chunks; ++c) most = std::max(most, of(c)[query]);
     const auto share = [&](float maximum) {
       return maximum == NONE ? 0 : exponential(splat(maximum - most))[0];
     };
     float sum = how.sinks ? share(how.sinks[h]) : 0;
     std::fill(result.begin(), result.end(), 0.0f);
-    for (int64_t c = 0; !is_padding && c < row.num_chunks; ++c) {
+    for (int64_t c = 0; c < row.num_chunks; ++c) {
       const float factor = share(of(c)[query]);
       sum += of(c)[queries + query] * factor;
       const float* from = of(c) + 2 * queries + query * padded_dim;
@@ -442,7 +458,7 @@ void Attention::finish(int64_t token, Number type, const Scoring& how, void* to)
         store(result.data() + at, load<Floats>(result.data() + at) + load<Floats>(from + at) * factor);
       }
     }
-    const float scale = is_padding ? 0 : 1 / sum;
+    const float scale = 1 / sum;
     by_lanes(value_dim, [&](int64_t at, int64_t count) {
       store_some(type, to, h * value_dim + at, count, load<Floats>(result.data() + at) * scale);
     });

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptfast.kernels.cpu_step import MAX_TOKENS, STEP
 from gptfast.kernels.rounding import restore, widen
 
 # Scores, or numbers of a mask, that are held at a time; longer prompts are read in parts.
@@ -210,7 +211,13 @@ def attention_on_cpu(
     slopes: Tensor | None = None,
     *scales: Tensor | None,
 ) -> Tensor:
-    """On a CPU the positions themselves say which slots are used."""
+    """On a CPU the positions themselves say which slots are used. Few tokens have a kernel of their
+    own, the one of the fused step.
+    """
+    if _has_kernel(q, keys, values, *scales):
+        factor = q.size(-1) ** -0.5 if scale is None else scale
+        options = (factor, window, softcap, sinks, slopes, *(scales or (None, None)))
+        return torch.ops.gptfast.few_tokens_attention(q, keys, values, positions, *options)
     num_slots, how = keys.size(2) - 1, _Scoring(scale, window, softcap, sinks, slopes)
     host, cache = positions.tolist(), _Slots(keys, values, *scales)
     slots = _used(host, num_slots, window)
@@ -225,6 +232,20 @@ def attention_on_cpu(
         slots = _used([row[part] for row in host], num_slots, window)
         parts.append(_attend(q[:, part], cache, positions[:, part], slots, how))
     return torch.cat(parts, dim=1)
+
+
+def _has_kernel(q: Tensor, keys: Tensor, values: Tensor, *scales: Tensor | None) -> bool:
+    """Whether there is one for so many tokens and such slots: all but latents of eight bits, which
+    have two scales a slot.
+    """
+    if not 0 < q.size(1) <= MAX_TOKENS or q.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    if not (keys.stride(-1) == values.stride(-1) == 1 and keys.size(2) > 1):
+        return False
+    own = [each for each in scales if each is not None]
+    is_plain = keys.dtype == values.dtype == q.dtype and not own
+    is_scaled = len(own) == 2 and all(s.size(-1) == 1 and s.is_contiguous() for s in own)
+    return (is_plain or is_scaled) and STEP.load() is not None
 
 
 def _used(positions: list[list[int]], num_slots: int, window: int | None) -> slice:

@@ -127,14 +127,18 @@ void activate(const Block& block, Number type, const void* up, int64_t n, void* 
 // Floats of x [n], and the first place of the largest.
 int64_t widen(Number type, const void* x, int64_t n, float* to) {
   Floats most = splat(-INFINITY);
+  Ints is_nan{};
   by_lanes(n, [&](int64_t at, int64_t count) {
     Floats v = load_some(type, x, at, count);
     store_some(Number::float32, to, at, count, v);
     for (int64_t i = count; i < LANES; ++i) v[i] = -INFINITY;
     most = larger(v, most);
+    is_nan |= v != v;
   });
-  const int64_t place = std::find(to, to + n, largest_of(most)) - to;
-  return std::min(place, n - 1);  // NaN equals nothing
+  for (int i = 0; i < LANES; ++i) {
+    if (is_nan[i]) return n - 1;  // as first_argmax: NaN equals nothing
+  }
+  return std::find(to, to + n, largest_of(most)) - to;
 }
 
 // Rotates the first numbers of a head: pairs (i, i + R/2), or neighbours that come out in that order.
@@ -282,7 +286,7 @@ struct Step::Worker {
     });
     each_token(&block.out, [&](int64_t m) {
       char* row = at(step.attended, m, block.out.product->num_columns);
-      attention.finish(m, type, block.scoring, row);
+      attention.finish(m, type, block.slots, block.scoring, row);
       block.out.product->set_row(m, row);
     });
     multiply(block.out, step.y.data());

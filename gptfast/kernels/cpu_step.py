@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gptfast.kernels.parts import BlockParts, Norm
 from quantize.kernels.build import LINEAR, Library
 from quantize.kernels.cpu import PackedQuantizedLinear
-from quantize.packed import PackedLinear
+from quantize.packed import PackedLinear, packed_weight
 
 STEP = Library(
     "decode_step", Path(__file__).parent, ("step.cpp", "blocks.cpp", "attend.cpp"), needs=LINEAR
@@ -30,12 +30,16 @@ NORMS = "attention_norm q_norm k_norm attention_post_norm mlp_norm mlp_post_norm
 class CpuStep:
     """Blocks are added in their order, each with its layer's keys and values (as LayerCache has
     them), and the head at the end. ValueError where `why_not` of any of them says something.
+
+    Weights are read where they lie; norms and biases are copied: a model that is loaded anew needs
+    a new step.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._number = torch.ops.gptfast.new_step(dtype == torch.float32)
-        weakref.finalize(self, torch.ops.gptfast.free_step, self._number)
+        # Not at the end of the process, where a thread may still be in a step.
+        weakref.finalize(self, torch.ops.gptfast.free_step, self._number).atexit = False
         self._held: list[object] = []  # what the step points into
 
     def add_block(
@@ -125,7 +129,10 @@ class CpuStep:
             address,
             self.dtype == torch.float32,
         )
-        self._held.append(linear)
+        if isinstance(linear, PackedLinear):  # a copy of a module does not own the numbers
+            self._held.append(packed_weight(int(linear.handle)))
+        # The memory itself: `module.weight.data = ...` would free what the module held.
+        self._held.append([None if weight is None else weight.detach() for weight in weights])
 
 
 def why_not(parts: BlockParts | None, dtype: torch.dtype) -> str | None:
@@ -147,7 +154,8 @@ def why_no_linear(linear: nn.Module, dtype: torch.dtype) -> str | None:
     if isinstance(linear, PackedQuantizedLinear):
         return None if linear.order is None else "a quantized weight has its columns in an order"
     if isinstance(linear, PackedLinear):
-        return None if linear.address else "oneDNN lays weights out in a way of its own here"
+        known = linear.address and torch.ops.gptfast.has_blocked_product()
+        return None if known else "there is no kernel for weights as oneDNN lays them out here"
     if type(linear) is not nn.Linear or not linear.weight.is_contiguous():
         return f"there is no kernel for {type(linear).__name__}"
     return None if linear.weight.dtype == dtype else "a weight is of another type than activations"

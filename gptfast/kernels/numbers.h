@@ -111,7 +111,8 @@ inline Floats exponential(Floats x) {
   p = ((p * r + 0.5f) * r + 1.f) * r + 1.f;
   const Ints power = __builtin_convertvector(n, Ints) << 23;
   const Floats e = (Floats)((Ints)p + power);
-  return x < splat(-87.f) ? Floats{} : e;
+  const Floats kept = x == x ? e : x;  // NaN stays
+  return x < splat(-87.f) ? Floats{} : kept;
 }
 inline Floats hyperbolic_tangent(Floats x) {
   return 1.f - 2.f / (exponential(2.f * x) + 1.f);

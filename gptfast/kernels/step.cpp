@@ -11,10 +11,6 @@
 #include <string>
 #include <unordered_map>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "tensors.h"
 
 namespace {
@@ -39,7 +35,7 @@ std::vector<float> floats(const Maybe& tensor) {
 }
 
 step::Slots slots_of(const Tensor& keys, const Tensor& values, const Maybe& key_scales,
-                     const Maybe& value_scales) {
+                     const Maybe& value_scales, Number computed) {
   const auto type = keys.scalar_type();
   const auto stored = type == at::kChar             ? step::Stored::int8
                       : type == at::kFloat8_e4m3fn ? step::Stored::fp8
@@ -47,6 +43,9 @@ step::Slots slots_of(const Tensor& keys, const Tensor& values, const Maybe& key_
   TORCH_CHECK_VALUE(keys.dim() == 4 && values.dim() == 4 && keys.stride(3) == 1 &&
                         values.stride(3) == 1 && keys.sizes().slice(0, 3) == values.sizes().slice(0, 3),
                     "keys and values must be [rows, heads, slots, numbers] alike");
+  TORCH_CHECK_VALUE(values.scalar_type() == type &&
+                        (stored != step::Stored::as_computed || number(keys) == computed),
+                    "keys and values of type ", type, " are not those of the model");
   const auto scales = [&](const Maybe& of) {
     TORCH_CHECK_VALUE(of.has_value() == (stored != step::Stored::as_computed),
                       "numbers of eight bits, and only they, have scales");
@@ -57,7 +56,7 @@ step::Slots slots_of(const Tensor& keys, const Tensor& values, const Maybe& key_
     return of->mutable_data_ptr<float>();
   };
   return {keys.data_ptr(),  values.data_ptr(), scales(key_scales), scales(value_scales),
-          stored,           keys.size(1),      keys.size(2),       keys.size(3),
+          stored,           keys.size(0),      keys.size(1),      keys.size(2),       keys.size(3),
           values.size(3),   keys.stride(0),    keys.stride(1),     keys.stride(2),
           values.stride(0), values.stride(1),  values.stride(2)};
 }
@@ -79,7 +78,11 @@ Tensor attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                  const Maybe& key_scales, const Maybe& value_scales) {
   const Tensor queries = q.contiguous(), places = positions.to(at::kLong).contiguous();
   const Number type = number(q);
-  const auto slots = slots_of(keys, values, key_scales, value_scales);
+  const auto slots = slots_of(keys, values, key_scales, value_scales, type);
+  TORCH_CHECK_VALUE(q.dim() == 4 && q.size(0) <= slots.num_rows && q.size(3) == slots.key_dim &&
+                        q.size(2) % slots.num_heads == 0 &&
+                        places.sizes() == q.sizes().slice(0, 2),
+                    "queries do not fit the slots or the positions");
   check_positions(places, slots.num_slots);
   const auto own_sinks = floats(sinks), own_slopes = floats(slopes);
   const step::Scoring how{static_cast<float>(scale), window.value_or(0),
@@ -94,7 +97,7 @@ Tensor attention(const Tensor& q, const Tensor& keys, const Tensor& values,
   });
   char* to = static_cast<char*>(y.mutable_data_ptr());
   for (int64_t m = 0; m < count; ++m) {
-    work.finish(m, type, how, to + m * width * y.element_size());
+    work.finish(m, type, slots, how, to + m * width * y.element_size());
   }
   return y;
 }
@@ -148,7 +151,7 @@ void add_block(int64_t number, at::IntArrayRef sizes, at::ArrayRef<double> facto
   block.slopes = floats(slopes);
   block.scoring = {static_cast<float>(factors[1]), sizes[9], static_cast<float>(factors[2]),
                    sinks ? block.sinks.data() : nullptr, slopes ? block.slopes.data() : nullptr};
-  block.slots = slots_of(keys, values, key_scales, value_scales);
+  block.slots = slots_of(keys, values, key_scales, value_scales, step_of(number).type);
   step_of(number).blocks.push_back(std::move(block));
 }
 
@@ -184,6 +187,8 @@ void set_linear(int64_t number, std::string name, std::string kind, const Maybe&
   step::Linear* place = &step.head;
   if (name != "head") {
     TORCH_CHECK_VALUE(!step.blocks.empty(), "add a block first");
+    TORCH_CHECK_VALUE(name == "qkv" || name == "out" || name == "up" || name == "down",
+                      "a block has no linear ", name);
     step::Block& block = step.blocks.back();
     place = name == "qkv"  ? &block.qkv
             : name == "out" ? &block.out
@@ -205,10 +210,11 @@ void set_linear(int64_t number, std::string name, std::string kind, const Maybe&
     const auto weight = packed::packed_weight(*values, *scales, zeros, kind, num_rows, num_columns);
     place->product = packed::quantized_product(weight, type, added);
   }
+  TORCH_CHECK_VALUE(place->product, "there is no kernel for a ", kind, " weight");
 }
 
-std::tuple<Tensor, Tensor> run_step(int64_t number, const Tensor& x, const Tensor& positions, at::TensorList cos,
-                at::TensorList sin, bool by_position) {
+std::tuple<Tensor, Tensor> run_step(int64_t number, const Tensor& x, const Tensor& positions,
+                                    at::TensorList cos, at::TensorList sin, bool by_position) {
   Step& step = step_of(number);
   std::vector<step::Turns> turns;
   for (size_t i = 0; i < cos.size(); ++i) {
@@ -219,6 +225,10 @@ std::tuple<Tensor, Tensor> run_step(int64_t number, const Tensor& x, const Tenso
   TORCH_CHECK_VALUE(rows * tokens <= packed::MAX_ROWS && positions.sizes() == x.sizes().slice(0, 2),
                     "a step has at most ", packed::MAX_ROWS, " tokens with a position each");
   TORCH_CHECK_VALUE(step.blocks.size() && step.head.product, "a step needs blocks and a head");
+  TORCH_CHECK_VALUE(rows <= step.blocks.front().slots.num_rows, rows, " rows do not fit a cache of ",
+                    step.blocks.front().slots.num_rows);
+  TORCH_CHECK_VALUE(::number(x) == step.type && x.size(2) == step.head.product->num_columns,
+                    "x must be of the model's type and width");
   const auto options = x.options();
   const Tensor logits =
       at::empty({rows, tokens, step.head.product->num_rows}, options.dtype(at::kFloat));
@@ -240,5 +250,7 @@ TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def("set_norm", set_norm);
   m.def("set_linear", set_linear);
   m.def("run_step", run_step);
+  m.def("has_blocked_product",
+        [] { return packed::blocked_product(nullptr, 0, 0, nullptr) != nullptr; });
   m.def("few_tokens_attention", attention);
 }

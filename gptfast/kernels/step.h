@@ -49,7 +49,7 @@ struct Slots {
   void *keys, *values;
   float *key_scales, *value_scales;
   Stored stored;
-  int64_t num_heads, num_slots, key_dim, value_dim;
+  int64_t num_rows, num_heads, num_slots, key_dim, value_dim;
   int64_t key_row, key_head, key_slot, value_row, value_head, value_slot;
 };
 
@@ -64,14 +64,14 @@ struct Scoring {
 // places, so that the sums of a token depend neither on threads nor on other rows.
 class Attention {
  public:
-  // positions [B, T]; one at `num_slots - 1`, the spare slot, is padding, whose result is zero.
+  // positions [B, T]; one at `num_slots - 1`, the spare slot, is padding: it sees the first slot.
   void plan(const int64_t* positions, int64_t num_rows, int64_t num_tokens, int64_t num_heads,
             const Slots& slots, int64_t window);
   int64_t num_units() const { return total; }
   // q [B, T, H, key_dim] in `type`
   void run(int64_t unit, const void* q, Number type, const Slots& slots, const Scoring& how);
   // Token m of B * T: its heads' results, in `type`, to [H, value_dim].
-  void finish(int64_t token, Number type, const Scoring& how, void* to) const;
+  void finish(int64_t token, Number type, const Slots& slots, const Scoring& how, void* to) const;
 
  private:
   struct Row {
@@ -124,6 +124,7 @@ struct Turns {
 class Step {
  public:
   explicit Step(Number number) : type(number) {}
+  const Number type;
   std::vector<Block> blocks;
   Norm norm;
   Linear head;
@@ -137,7 +138,6 @@ class Step {
   void prepare(const int64_t* positions, int64_t num_rows, int64_t num_tokens, int num_threads);
   Attention& attention_of(int64_t window);
 
-  const Number type;
   std::vector<int64_t> windows;
   std::vector<Attention> attention;  // of each window
   // A row for each token, in `type`.

@@ -24,8 +24,9 @@ Number number(at::ScalarType type) {
 
 }  // namespace
 
-Weight packed::packed_weight(const Tensor& values, const Tensor& scales, const std::optional<Tensor>& zeros,
-                     const std::string& format, int64_t num_rows, int64_t num_columns) {
+Weight packed::packed_weight(const Tensor& values, const Tensor& scales,
+                             const std::optional<Tensor>& zeros, const std::string& format,
+                             int64_t num_rows, int64_t num_columns) {
   Weight w{};
   w.mxfp4 = format.rfind("mxfp4", 0) == 0;
   w.nibbles = format.rfind("int8", 0) != 0;
