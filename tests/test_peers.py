@@ -5,9 +5,10 @@ what they are called. That they are fast is measured elsewhere (bench/LOG.md).
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -53,22 +54,17 @@ def compare(folder: Path, *options: str) -> dict[str, Any]:
     return result
 
 
-def middle(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
-
 def check_figures(figures: dict[str, Any], contexts: list[int]) -> None:
     """Medians of their rounds, consistent with one another."""
     assert len(figures["per_round"]) in (2, 3)  # two, where it was far behind
     for key in ("decode_tok_s", "prefill_tok_s", "bandwidth_fraction"):
-        assert figures[key] == middle(each[key] for each in figures["per_round"]) > 0
+        assert figures[key] == median(each[key] for each in figures["per_round"]) > 0
     for each in figures["per_round"]:
         traffic = figures["bytes_per_token"] * each["decode_tok_s"]
         assert each["bandwidth_fraction"] == pytest.approx(traffic / 25e9)
     assert figures["contexts_per_round"].keys() == {str(context) for context in contexts}
     for context, rounds in figures["contexts_per_round"].items():
-        speed = middle(each["decode_tok_s"] for each in rounds)
+        speed = median(each["decode_tok_s"] for each in rounds)
         assert figures[f"context_{context}_tok_s"] == speed > 0
     assert figures["first_token_s"] == figures["starts_s"][-1] > 0
     assert figures["peak_memory_bytes"] > 10e6
