@@ -79,14 +79,16 @@ class Library:
         # Linking with -fopenmp would bring the compiler's own runtime, a second pool of threads
         # beside PyTorch's.
         flags += ["-fopenmp"] if linked else []
+        named = [*flags, *linked]
         if self.needs is not None:
             base = self.needs.load(progress)
             if base is None:
                 raise Unavailable(self.needs.why_not())
+            named.append(base.name)  # which stands for what is in it, not for where it lies
             flags.append(f"-I{self.needs.folder}")
             # Found beside this one, wherever both lie.
             linked += [f"-L{base.parent}", f"-l:{base.name}", "-Wl,-rpath,$ORIGIN"]
-        path = cache_folder() / f"{self.name}-{self._key(compiler, flags + linked)}.so"
+        path = cache_folder() / f"{self.name}-{self._key(compiler, named)}.so"
         if path.exists():
             return _checked(path)
         with open(path.with_suffix(".lock"), "w") as lock:
