@@ -2,7 +2,10 @@
 same bits for a token whatever stands beside it, and a reason wherever there is none.
 """
 
+import copy
+import gc
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +28,8 @@ from gptfast.model import Transformer
 from gptfast.quantization import quant_plan
 from gptfast.sampling import SamplingParams
 from gptfast.shapes import random_model
+from quantize.kernels.build import cache_folder
+from quantize.packed import PackedLinear
 
 pytestmark = pytest.mark.skipif(
     STEP.load() is None, reason=f"needs the built kernels: {STEP.why_not()}"
@@ -308,19 +313,27 @@ def test_nan_stays_visible() -> None:
 
 
 @torch.no_grad()
-def test_a_copy_outlives_its_original() -> None:
-    """The step holds the numbers themselves, whoever owns the modules."""
-    model = model_of("llama-gqa", torch.bfloat16)
-    cache = KVCache.allocate(model.config, 1, 40, model.dtype)
-    step, inputs = FusedStep(model, cache), (torch.tensor([[5]]), torch.tensor([[0]]))
-    expected = step(*inputs)[0].clone()
-    for linear in step.model.modules():
-        for parameter in linear.parameters(recurse=False):
-            if parameter.dim() == 2 and linear is not model.embed:
-                parameter.data = torch.zeros(1)
-    for block in model.blocks:
-        block.attention.qkv = torch.nn.Identity()
-    assert torch.equal(step(*inputs)[0], expected)
+@pytest.mark.parametrize("kind", ["copied", "replaced"])
+def test_a_step_holds_its_weights(kind: str) -> None:
+    """The numbers themselves, whoever owns the modules: the original of a copied model is gone, or
+    weights have been given other memory. What they lay in is used again at once.
+    """
+    model = model_of("llama-gqa", torch.bfloat16 if kind == "copied" else torch.float32)
+    own = copy.deepcopy(model) if kind == "copied" else model
+    step = FusedStep(own, KVCache.allocate(own.config, 1, 40, own.dtype))
+    inputs = torch.tensor([[5]]), torch.tensor([[0]])
+    expected, sizes = step(*inputs)[0].clone(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | PackedLinear):
+            sizes.append((module.out_features, module.in_features))
+        if kind == "replaced" and isinstance(module, torch.nn.Linear):
+            module.weight.data = torch.zeros(1)
+    if kind == "copied":
+        del model, module
+        gc.collect()
+    # One after the other as they were freed, several times over: allocators differ.
+    used = [torch.full(size, torch.nan, dtype=own.dtype) for size in 20 * sizes]
+    assert torch.equal(step(*inputs)[0], expected) and len(used) > 100
 
 
 @torch.no_grad()
@@ -337,6 +350,16 @@ def test_steps_in_two_threads() -> None:
         together = list(pool.map(run, models))
     for model, found in zip(models, together, strict=True):
         assert torch.equal(found, run(model))
+
+
+def test_built_libraries_may_be_moved(tmp_path: Path) -> None:
+    """`gptfast cache load` puts them elsewhere: nothing is compiled again there."""
+    shutil.copytree(cache_folder(), tmp_path / "kernels")
+    code = "from gptfast.kernels.cpu_step import STEP; STEP.load(print); assert not STEP.why_not()"
+    environment = {**os.environ, "GPTFAST_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == ""
 
 
 @pytest.mark.slow
