@@ -2,7 +2,8 @@
 later a server.
 
 Knows ids, never text. Requests wait in a queue for one of a fixed number of rows; `step` reads a
-bounded piece of prompt, decodes one token for every active row, and returns what became known.
+bounded piece of prompt, decodes a token (with a draft, perhaps several) for every active row, and
+returns what became known.
 Sampled tokens feed the next step on the device; the host reads them one step behind (on a CPU, at
 once).
 """
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor
 
 from gptfast.cache import cache_bytes_per_token, parse_kv_cache_dtype
+from gptfast.cached import LARGEST_PIECE
 from gptfast.config import ModelConfig
 from gptfast.device import check_fits, free_memory
 from gptfast.model import Transformer
-from gptfast.runner import LARGEST_PIECE, ModelRunner
+from gptfast.runner import ModelRunner
 from gptfast.sampling import SamplingParams, token_logprobs
-from gptfast.stats import DecodeCounters, RequestStats
+from gptfast.speculation.drafts import Draft, Text
+from gptfast.speculation.speculator import MAX_SPECULATE_K, Round, Speculator
+from gptfast.stats import DecodeCounters, RequestStats, SpeculationStats
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -51,7 +55,7 @@ class Event:
 @dataclass(eq=False)
 class Request:
     """A request on the host: `num_prefilled` prompt tokens are in the cache, `num_dispatched` new
-    ones have been asked of the device, `budget` are allowed.
+    ones have been asked of the device, `num_drafted` more may come of it, `budget` are allowed.
     """
 
     id: int
@@ -63,14 +67,17 @@ class Request:
     row: int = -1
     num_prefilled: int = 0
     num_dispatched: int = 0
+    num_drafted: int = 0
     token_ids: list[int] = field(default_factory=list)
     finished: bool = False
     reread: bool = False
 
     @property
     def num_tokens(self) -> int:
-        """Length of its row's text on the device, which may be ahead of what the host knows."""
-        return len(self.prompt_ids) + self.num_dispatched
+        """Length of its row's text on the device, which may be ahead of what the host knows; with
+        drafted tokens under way, the most that it may be.
+        """
+        return len(self.prompt_ids) + self.num_dispatched + self.num_drafted
 
     @property
     def decoding(self) -> bool:
@@ -80,13 +87,16 @@ class Request:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """One step's sampled tokens on their way to the host: entry i belongs to requests[i]."""
+    """One step's sampled tokens on their way to the host: entry i belongs to requests[i]. Those of
+    a round of speculation are packed as there.
+    """
 
     tokens: Tensor
     requests: Sequence[Request | None]
     logprobs: tuple[Tensor, Tensor, Tensor] | None
     ready: torch.cuda.Event | None
     is_decode: bool
+    round: Round | None = None
 
 
 class Engine:
@@ -95,6 +105,8 @@ class Engine:
     `max_seq_len` (prompt and new tokens of a row) is by default what the model's facts say, bounded
     by the free memory. ValueError where more is asked than the facts allow; MemoryError where the
     cache does not fit. `kv_cache_dtype` is one of cache.KV_CACHE_DTYPES.
+
+    With a `draft` it speculates: `speculate_k` tokens at a time, or as many as pay (None).
     """
 
     def __init__(
@@ -104,13 +116,21 @@ class Engine:
         max_seq_len: int | None = None,
         compile: bool = False,
         kv_cache_dtype: str = "auto",
+        draft: Draft | None = None,
+        speculate_k: int | None = None,
     ) -> None:
         check_sizes(model.config, num_rows, max_seq_len)
+        check_speculate_k(draft is not None, speculate_k)
         parse_kv_cache_dtype(kv_cache_dtype, model.device)
         self.model, self.num_rows = model, num_rows
         self.max_seq_len = _context_length(model, num_rows, max_seq_len, kv_cache_dtype)
         self.runner = ModelRunner(model, num_rows, self.max_seq_len, compile, kv_cache_dtype)
         self.device = self.runner.device
+        self._speculator: Speculator | None = None
+        if draft is not None:
+            self._speculator = Speculator(
+                draft.name, self.runner, draft.drafter(self.runner), speculate_k
+            )
         self.counters = DecodeCounters()
         self._queue: deque[Request] = deque()
         self._rows: list[Request | None] = [None] * num_rows
@@ -164,6 +184,26 @@ class Engine:
         # Tokens on their way belong to requests in rows, or to ones that have ended.
         return bool(self._queue or any(self._rows))
 
+    def warm_up(self, requests: Sequence[SamplingParams]) -> None:
+        """Compiles now what requests with these parameters need, where this engine is compiled, and
+        where it speculates measures what that costs. Nothing may be running.
+        """
+        self.runner.warm_up(requests)
+        if self._speculator is not None:
+            self._speculator.warm_up([params.plan for params in requests])
+            self._speculator.calibrate()
+
+    def reset_counters(self) -> None:
+        """Counters of decode steps and of speculation begin anew."""
+        self.counters.reset()
+        if self._speculator is not None:
+            self._speculator.reset_stats()
+
+    @property
+    def speculation(self) -> SpeculationStats | None:
+        """What drafts have come to since the counters were reset; None without them."""
+        return None if self._speculator is None else self._speculator.stats
+
     def forget(self) -> None:
         """Drops what idle rows remember of earlier prompts, so that the next one is read whole."""
         for row in range(self.num_rows):
@@ -178,7 +218,7 @@ class Engine:
         events = self._admit()
         self._prefill()
         events += self._reread()
-        events += self._arrived(self._lag)
+        events += self._arrived(0 if self._wants_texts() else self._lag)
         decoding = [request for request in self._rows if request is not None and request.decoding]
         served = {event.request_id for event in events}
         if events and all(request.id in served for request in decoding):
@@ -190,6 +230,8 @@ class Engine:
     def _admit(self) -> list[Event]:
         """Gives free rows to waiting requests: each gets the row that holds most of its prompt."""
         events = []
+        if self._speculator is not None and self._queue and not any(self._rows):
+            self._speculator.calibrate()
         while self._queue and (free := [r for r in range(self.num_rows) if not self._rows[r]]):
             request = self._queue.popleft()
             if request.budget <= 0:
@@ -209,7 +251,10 @@ class Engine:
             request.stats.started_at = perf_counter()
             self._rows[row] = request
             self._cached[row] = request.prompt_ids[: request.num_prefilled]
-            self.runner.start_row(row, request.prompt_ids, request.params, request.seed)
+            limit = len(request.prompt_ids) + request.budget
+            self.runner.start_row(row, request.prompt_ids, request.params, request.seed, limit)
+            if self._speculator is not None:
+                self._speculator.start_row(row, request.prompt_ids)
         return events
 
     def _prefill(self) -> None:
@@ -260,12 +305,31 @@ class Engine:
         compile_s, start = self.runner.compile_s, perf_counter()
         requests = [r if r is not None and r.decoding else None for r in self._rows]
         used = max(request.num_tokens for request in requests if request)
-        tokens, logits = self.runner.decode(used)
-        self._send(tokens, logits, requests, is_decode=True)
+        if self._speculator is None:
+            tokens, logits = self.runner.decode(used)
+            self._send(tokens, logits, requests, is_decode=True)
+        else:
+            begun = self._speculate(self._speculator, requests, used)
+            self._send(begun.packed, begun.logits, requests, is_decode=True, round=begun)
         compiling = self.runner.compile_s - compile_s
         self.counters.seconds += perf_counter() - start - compiling
-        self.counters.num_tokens += sum(request is not None for request in requests)
         self.counters.num_steps += 1
+
+    def _wants_texts(self) -> bool:
+        """Whether the next round has to wait for the tokens of the last one."""
+        if self._speculator is None:
+            return False
+        rows = [row for row, request in enumerate(self._rows) if request and request.decoding]
+        return self._speculator.wants_texts(rows)
+
+    def _speculate(
+        self, speculator: Speculator, requests: Sequence[Request | None], used: int
+    ) -> Round:
+        known: dict[int, Text] = {
+            request.row: (request.prompt_ids, request.token_ids) for request in requests if request
+        }
+        room = max(r.budget - r.num_dispatched for r in requests if r)
+        return speculator.begin(known, used, room, complete=not self._in_flight)
 
     # -- from the device to events --
 
@@ -275,11 +339,15 @@ class Engine:
         logits: Tensor,
         requests: Sequence[Request | None],
         is_decode: bool,
+        round: Round | None = None,
     ) -> None:
         """Starts the copy of sampled tokens to the host."""
         wanted = [r.params.logprobs for r in requests if r and r.params.logprobs is not None]
         most = min(max(wanted, default=0), logits.size(-1))
-        logprobs = token_logprobs(logits, tokens, most) if wanted else None
+        logprobs = None
+        if wanted:
+            sampled = tokens[:, 1:] if round and round.num_drafted else tokens
+            logprobs = token_logprobs(logits.flatten(0, -2), sampled.flatten(), most)
         ready = None
         if self.device.type == "cuda":
             pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -288,7 +356,8 @@ class Engine:
             ready.record(torch.cuda.current_stream(self.device))
         for request in filter(None, requests):
             request.num_dispatched += 1
-        self._in_flight.append(_InFlight(tokens, requests, logprobs, ready, is_decode))
+            request.num_drafted += round.num_drafted if round else 0
+        self._in_flight.append(_InFlight(tokens, requests, logprobs, ready, is_decode, round))
 
     def _arrived(self, lag: int) -> list[Event]:
         """Events of the steps that have been sent, but for the newest `lag` of them."""
@@ -302,22 +371,40 @@ class Engine:
         start = perf_counter()
         if sent.ready is not None:
             sent.ready.synchronize()
-        tokens, now = sent.tokens.tolist(), perf_counter()
+        rows, now = sent.tokens.tolist(), perf_counter()
         if sent.is_decode:  # a first token is waited for with its prompt
             self.counters.seconds += now - start
-        events = []
-        for index, (token, request) in enumerate(zip(tokens, sent.requests, strict=True)):
+        events: list[Event] = []
+        accepted: dict[int, tuple[int, int]] = {}
+        for index, (row, request) in enumerate(zip(rows, sent.requests, strict=True)):
             if request is None or request.finished:
                 continue  # ended while this step was under way
-            request.token_ids.append(token)
-            request.stats.token_times.append(now)
-            logprobs = _token_logprob(token, index, sent.logprobs, request.params.logprobs)
-            reason = self._finish_reason(request, token)
-            if reason is None:
+            tokens, width = [row], 1
+            if sent.round is not None:
+                if sent.round.num_drafted:
+                    tokens, width = row[1 : 1 + row[0]], len(row) - 1
+                accepted[request.row] = self._outcome(request, sent.round, len(tokens))
+            for place, token in enumerate(tokens):
+                request.token_ids.append(token)
+                request.stats.token_times.append(now)
+                self.counters.num_tokens += sent.is_decode
+                at = index * width + place
+                logprobs = _token_logprob(token, at, sent.logprobs, request.params.logprobs)
+                reason = self._finish_reason(request, token)
+                if reason is not None:
+                    events.append(self._finish(request, (token,), logprobs, reason))
+                    break  # what was accepted behind an end is no part of the text
                 events.append(Event(request.id, (token,), request.stats, logprobs))
-            else:
-                events.append(self._finish(request, (token,), logprobs, reason))
+        if self._speculator is not None and sent.round is not None:
+            self._speculator.observe(sent.round, accepted)
         return events
+
+    def _outcome(self, request: Request, ended: Round, num_new: int) -> tuple[int, int]:
+        """Settles a row's round -> how many drafted tokens could have been accepted, and were."""
+        request.num_dispatched += num_new - 1
+        request.num_drafted -= ended.num_drafted
+        room = request.budget - len(request.token_ids) - 1
+        return min(ended.proposals[request.row][1], ended.num_drafted, room), max(0, num_new - 1)
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         params = request.params
@@ -377,6 +464,16 @@ def check_sizes(config: ModelConfig, num_rows: int, max_seq_len: int | None) -> 
         raise ValueError(
             f"max_seq_len is {max_seq_len}; this model allows 1 to {config.max_seq_len}"
         )
+
+
+def check_speculate_k(has_draft: bool, speculate_k: int | None) -> None:
+    """ValueError where so many tokens cannot be drafted at a time."""
+    if speculate_k is None:
+        return
+    if not has_draft:
+        raise ValueError(f"speculate_k is {speculate_k} and there is no draft; give one")
+    if not 1 <= speculate_k <= MAX_SPECULATE_K:
+        raise ValueError(f"speculate_k is {speculate_k}; 1 to {MAX_SPECULATE_K} are possible")
 
 
 def _context_length(

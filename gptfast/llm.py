@@ -20,11 +20,19 @@ from gptfast.chat import Message, find_template
 from gptfast.checkpoint import Progress, inspect, read_config
 from gptfast.compiler import started_early
 from gptfast.device import parse_device, peak_memory
-from gptfast.engine import Engine, FinishReason, TokenLogprob, check_sizes
+from gptfast.engine import (
+    Engine,
+    FinishReason,
+    TokenLogprob,
+    check_sizes,
+    check_speculate_k,
+)
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.loading import check_plan, load
 from gptfast.quantization import PLAIN, QuantPlan, quant_plan, running_notes
 from gptfast.sampling import SamplingParams
+from gptfast.speculation.drafts import Draft
+from gptfast.speculation.sources import find_draft
 from gptfast.stats import RequestStats, RunStats
 from gptfast.tokenizer import TextStream, Tokenizer, load_tokenizer
 
@@ -99,6 +107,11 @@ class LLM:
     (None: what the model allows and the memory holds). ValueError for what cannot be used,
     MemoryError for what does not fit.
 
+    `draft` makes it speculate: a model of the same tokenizer (as `model`; `draft_quant` as
+    `quant`), "ngram" (what the text itself says next), "layers:N" (the model's first layers) or a
+    format such as "int4" (the model, rounded more coarsely). `speculate_k` tokens are drafted at a
+    time, 1 to 15, or as many as pay (None).
+
     `quant` rounds the linears to a format while they are read: int8, int4 (groups of 32, head in
     int8), int4-g64-asym, int8-dynamic ... (`quantize.formats.Format.parse`), or a QuantPlan;
     "none" makes plain numbers of weights that are stored quantized.
@@ -116,10 +129,16 @@ class LLM:
         max_seq_len: int | None = None,
         batch_size: int | None = None,
         revision: str | None = None,
+        draft: str | Path | None = None,
+        speculate_k: int | None = None,
+        draft_quant: QuantPlan | str | None = None,
         progress: Progress = iter,
     ) -> None:
         if isinstance(quant, str) and quant != PLAIN:
             quant = quant_plan(quant)
+        check_speculate_k(draft is not None, speculate_k)
+        if draft is None and draft_quant is not None:
+            raise ValueError("draft_quant is for the weights of a draft, and there is no draft")
         parse_kv_cache_dtype(kv_cache_dtype, parse_device(device))
         start = perf_counter()
         self.folder = find_model(model, revision)
@@ -129,14 +148,20 @@ class LLM:
         self.chat_template = find_template(self.folder)
         source = inspect(self.folder)
         check_plan(source, quant)
+        draft_source = None
+        if draft is not None:
+            draft_source = find_draft(draft, source, self.tokenizer, quant, draft_quant)
         self.left_out = source.left_out  # parts of the files that are no language model, in words
         # Last, so that what else may be wrong is said before gigabytes are read.
         with started_early(parse_device(device)) if compile else nullcontext():
             self.model = load(source, dtype, parse_device(device), progress, quant)
+            self.draft: Draft | None = None
+            if draft_source is not None:
+                self.draft = draft_source.load(self.model, dtype, progress)
         self.notes = [*source.notes, *running_notes(self.model)]  # on quantized weights, in words
         self.load_s = perf_counter() - start
         self._batch_size, self._max_seq_len, self._compile = batch_size, max_seq_len, compile
-        self._kv_cache_dtype = kv_cache_dtype
+        self._kv_cache_dtype, self._speculate_k = kv_cache_dtype, speculate_k
         self.engine = self._build_engine(1 if batch_size is None else batch_size)
 
     # -- text --
@@ -269,6 +294,7 @@ class LLM:
             cache_bytes_per_token=engine.runner.cache.bytes_per_token,
             peak_memory_bytes=peak_memory(engine.device),
             device_bandwidth=device_bandwidth,
+            speculation=engine.speculation,
         )
 
     # -- how it runs --
@@ -278,9 +304,8 @@ class LLM:
     ) -> Iterator[Chunk]:
         if engine.has_work:  # its events would be taken from whoever waits for them
             raise RuntimeError("another stream of this LLM is running; finish or close it first")
-        if self._compile:
-            engine.runner.warm_up([params for _, params in work])
-        engine.counters.reset()
+        engine.warm_up([params for _, params in work])
+        engine.reset_counters()
         running: dict[int, tuple[int, _Text]] = {}
         try:
             for index, (ids, params) in enumerate(work):
@@ -294,13 +319,23 @@ class LLM:
                     if reason is not None:
                         del running[event.request_id]
                         engine.cancel(event.request_id)
+                        # Tokens that were accepted behind a stop string are not part of the output.
+                        del event.stats.token_times[text.num_tokens :]
                     yield Chunk(index, piece, event.token_ids, event.logprobs, reason, event.stats)
         finally:
             for request_id in running:
                 engine.cancel(request_id)
 
     def _build_engine(self, num_rows: int) -> Engine:
-        return Engine(self.model, num_rows, self._max_seq_len, self._compile, self._kv_cache_dtype)
+        return Engine(
+            self.model,
+            num_rows,
+            self._max_seq_len,
+            self._compile,
+            self._kv_cache_dtype,
+            self.draft,
+            self._speculate_k,
+        )
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -320,11 +355,13 @@ class _Text:
         self._stream: TextStream | None = tokenizer.stream(after=prompt_ids) if tokenizer else None
         self._stops = params.stop
         self._held = ""
+        self.num_tokens = 0
 
     def push(
         self, token_ids: Sequence[int], reason: FinishReason | None
     ) -> tuple[str, FinishReason | None]:
         """The text that `token_ids` make certain, and why the output ends, if it does."""
+        self.num_tokens += len(token_ids)
         if self._stream is None:
             return "", reason
         # A token that stops is not part of the text.

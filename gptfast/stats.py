@@ -84,6 +84,88 @@ class DecodeCounters:
 
 
 @dataclass
+class SpeculationStats:
+    """What speculation did. `plain_steps` drafted nothing, `rounds` did; `by_position` has, of the
+    first drafted token of a row, the second and so on, how often all before it were accepted and
+    how often it was too. `plain_step_s` is the calibrated time of a plain step; 0 = not known.
+    """
+
+    draft: str
+    draft_bytes_per_step: int = 0
+    plain_step_s: float = 0.0
+    rounds: int = 0
+    plain_steps: int = 0
+    row_rounds: int = 0
+    num_draft_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    by_position: list[tuple[int, int]] = field(default_factory=list)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    plain_s: float = 0.0
+    plain_steps_worth: float = 0.0  # how many plain steps would have given the same
+    note: str = ""
+
+    def add(
+        self,
+        num_drafted: int,
+        outcomes: Sequence[tuple[int, int, int]],
+        draft_s: float,
+        verify_s: float,
+    ) -> None:
+        """One round: the number of tokens drafted for each row, and of each row that decodes its
+        kind, how many drafted tokens could be accepted and how many were. 0 drafted: a plain step.
+        """
+        if not outcomes:
+            return
+        accepted = sum(num_accepted for _, _, num_accepted in outcomes)
+        self.plain_steps_worth += 1 + accepted / len(outcomes)
+        if num_drafted == 0:
+            self.plain_steps += 1
+            self.plain_s += verify_s
+            return
+        self.rounds += 1
+        self.row_rounds += len(outcomes)
+        self.num_draft_steps += num_drafted
+        self.drafted += sum(tried for _, tried, _ in outcomes)
+        self.accepted += accepted
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+        for _, tried, num_accepted in outcomes:
+            for i in range(min(tried, num_accepted + 1)):
+                if i == len(self.by_position):
+                    self.by_position.append((0, 0))
+                reached, stayed = self.by_position[i]
+                self.by_position[i] = (reached + 1, stayed + (i < num_accepted))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Costs are plain steps a round; `speedup` is tokens per second over those of plain steps,
+        the time of plain steps among the rounds included."""
+        round_s = self.plain_step_s * self.rounds
+        seconds = self.draft_s + self.verify_s + self.plain_s
+        return {
+            "draft": self.draft,
+            "draft_bytes_per_step": self.draft_bytes_per_step,
+            "rounds": self.rounds,
+            "plain_steps": self.plain_steps,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance": self.accepted / self.drafted if self.drafted else None,
+            "acceptance_by_position": [stayed / reached for reached, stayed in self.by_position],
+            "mean_accepted_length": (
+                1 + self.accepted / self.row_rounds if self.row_rounds else None
+            ),
+            "draft_s": self.draft_s,
+            "verify_s": self.verify_s,
+            "plain_step_s": self.plain_step_s or None,
+            "draft_cost": self.draft_s / round_s if round_s else None,
+            "verify_cost": self.verify_s / round_s if round_s else None,
+            "speedup": _ratio(self.plain_steps_worth * self.plain_step_s, seconds),
+            "note": self.note,
+        }
+
+
+@dataclass
 class RunStats:
     """Several requests together, with what only the whole run knows. Bytes per token: one decode
     step's weights and used cache, over the rows that share the step.
@@ -97,6 +179,7 @@ class RunStats:
     cache_bytes_per_token: int
     peak_memory_bytes: int
     device_bandwidth: float | None = None
+    speculation: SpeculationStats | None = None
 
     def as_dict(self) -> dict[str, Any]:
         gaps = [gap for request in self.requests for gap in request.gaps_s]
@@ -123,6 +206,7 @@ class RunStats:
             "peak_memory_bytes": self.peak_memory_bytes,
             "load_s": self.load_s,
             "compile_s": self.compile_s,
+            "speculation": self.speculation and self.speculation.as_dict(),
         }
 
     @property
@@ -130,8 +214,13 @@ class RunStats:
         if not self.decode.num_tokens or not self.requests:
             return self.weight_bytes
         used = [r.num_prompt_tokens + r.num_new_tokens / 2 for r in self.requests]
-        rows = self.decode.num_tokens / self.decode.num_steps
-        return int(self.weight_bytes / rows + self.cache_bytes_per_token * sum(used) / len(used))
+        num_tokens, read = self.decode.num_tokens, self.weight_bytes * self.decode.num_steps
+        reads_of_cache = num_tokens
+        if self.speculation is not None:
+            read += self.speculation.draft_bytes_per_step * self.speculation.num_draft_steps
+            reads_of_cache -= self.speculation.accepted  # these are read with another token
+        read += int(self.cache_bytes_per_token * sum(used) / len(used)) * reads_of_cache
+        return read // num_tokens
 
 
 def read_bandwidth(device: torch.device, seconds: float = 0.25) -> float:

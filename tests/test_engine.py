@@ -16,10 +16,10 @@ import torch
 from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor
 
+from gptfast.cached import LARGEST_PIECE, PREFILL_SHAPES
 from gptfast.engine import Engine, Event, TokenLogprob
 from gptfast.loading import load
 from gptfast.model import Transformer
-from gptfast.runner import LARGEST_PIECE, PREFILL_SHAPES
 from gptfast.sampling import SamplingParams
 from gptfast.stats import RequestStats
 

@@ -339,9 +339,35 @@ def test_a_graph_for_every_bound_and_plan_and_none_is_captured_twice(tmp_path: P
     for params in (GREEDY, SamplingParams(temperature=1.0, seed=1, max_new_tokens=40)):
         llm.generate([[1, 2, 3]], params)
     captured = dict(engine.runner._graphs)
-    assert {plan for plan, _ in captured} == {"greedy", "plain"}
+    assert {plan for _, plan, _ in captured} == {"greedy", "plain"}
     llm.generate([[4, 5]], GREEDY)
     assert engine.runner._graphs == captured
+
+
+@pytest.mark.parametrize(
+    ("draft", "k"),
+    [("draft", 1), ("draft", 5), ("draft", None), ("ngram", 3), ("layers:1", 4), ("int4-g16", 2)],
+)
+def test_speculation_says_what_plain_decoding_says(tmp_path: Path, draft, k):
+    """Drafting and verification are a graph each; the host reads one round behind."""
+    folder = tiny_llama(tmp_path / "target")
+    if draft == "draft":
+        draft = tiny_llama(tmp_path / "draft", num_hidden_layers=1)
+    prompts = [torch.randint(3, 96, (length,)).tolist() for length in (5, 20, 2)]
+    for compile in (False, True):
+        facts = {"device": "cuda", "dtype": "fp32", "compile": compile, "batch_size": 2}
+        plain = LLM(folder, **facts)
+        llm = LLM(folder, **facts, draft=draft, speculate_k=k)
+        for _ in range(2):
+            found = [output.token_ids for output in llm.generate(prompts, GREEDY)]
+            assert found == [output.token_ids for output in plain.generate(prompts, GREEDY)]
+        sampled = SamplingParams(temperature=0.9, top_p=0.95, seed=3, max_new_tokens=20)
+        assert all(len(o.token_ids) > 0 for o in llm.generate(prompts, sampled))
+    if k is not None:
+        alone = LLM(folder, **facts | {"batch_size": 1}, draft=draft, speculate_k=k)
+        assert [o.token_ids for o in llm.generate(prompts, sampled)] == [
+            alone.generate([prompt], sampled)[0].token_ids for prompt in prompts
+        ]
 
 
 def test_a_stop_in_the_middle_leaves_nothing_behind(tmp_path: Path):

@@ -344,7 +344,7 @@ def test_traces_without_a_break(
     A trace takes seconds: with -m 'not slow' one case of each family.
     """
     calls = compiler("aot_eager")
-    monkeypatch.setattr("gptfast.runner.fused_step", lambda model, cache: None)
+    monkeypatch.setattr("gptfast.cached.fused_step", lambda model, cache: None)
     assert_same_results(*compiled_and_eager(pair, num_rows=1))
     assert len(calls) >= 2 and all(options["fullgraph"] for options in calls)
 

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from gptfast.commands.options import (
+    add_draft_options,
     add_model_options,
     add_run_options,
     add_sampling_options,
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_options(parser)
     add_run_options(parser)
+    add_draft_options(parser)
     add_sampling_options(parser)
 
 

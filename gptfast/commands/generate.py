@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gptfast.commands.options import (
+    add_draft_options,
     add_model_options,
     add_run_options,
     add_sampling_options,
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_options(parser)
     add_run_options(parser)
+    add_draft_options(parser)
     add_sampling_options(parser)
     results = parser.add_argument_group("results")
     results.add_argument(
@@ -65,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     llm = load_llm(args, args.batch_size)
     chunks = llm.stream_many(prompts, params)  # has checked them all
     note_loaded(args, llm)
+    llm.engine.warm_up([params])
     if args.compile:
-        llm.engine.runner.warm_up([params])
         note(f"Compilation time: {llm.engine.runner.compile_s:.2f} seconds")
     outputs, interrupted = [], False
     with _profile(args.profile):

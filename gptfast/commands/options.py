@@ -82,6 +82,28 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
 
 
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speculative decoding")
+    group.add_argument(
+        "--draft",
+        "--draft-model",
+        "--draft-checkpoint-path",
+        metavar="DRAFT",
+        help="what proposes tokens that the model only checks: a smaller model of the same "
+        "tokenizer (as --model), ngram (what the text itself says next), layers:N (the model's "
+        "first layers), or a coarser format such as int4",
+    )
+    group.add_argument(
+        "--speculate-k",
+        type=int,
+        metavar="K",
+        help="tokens proposed at a time, 1 to 15; default: as many as pay, and none where none do",
+    )
+    group.add_argument(
+        "--draft-quant", metavar="FORMAT", help="round the weights of a draft model, as --quant"
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -117,7 +139,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ignore-eos", action="store_true", help="go on after an end-of-sequence token"
     )
-    group.add_argument("--seed", type=int, help="the same seed gives the same text")
+    group.add_argument(
+        "--seed",
+        type=int,
+        help="the same seed gives the same text (with a draft model, at one --speculate-k)",
+    )
 
 
 def sampling_params(args: argparse.Namespace, **others: Any) -> SamplingParams:
@@ -155,7 +181,7 @@ def chosen_quant(args: argparse.Namespace) -> QuantPlan | str | None:
 
 
 def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
-    """The model that the options ask for."""
+    """The model that the options ask for, with its draft where the command has these options."""
     set_threads(args)
     return LLM(
         args.model,
@@ -167,6 +193,9 @@ def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
         max_seq_len=args.max_seq_len,
         batch_size=batch_size,
         revision=args.revision,
+        draft=getattr(args, "draft", None),
+        speculate_k=getattr(args, "speculate_k", None),
+        draft_quant=getattr(args, "draft_quant", None),
         progress=progress_bar,
     )
 
@@ -186,6 +215,8 @@ def note_loaded(args: argparse.Namespace, llm: LLM) -> None:
         note(f"Keys and values are stored as {args.kv_cache_dtype}")
     for line in llm.notes:
         note(line)
+    if llm.draft is not None:
+        note(f"Draft: {llm.draft.text}")
     if llm.left_out:
         note(f"Left out, because it is no language model: {llm.left_out}")
     note(f"Time to load model: {llm.load_s:.2f} seconds")

@@ -1,5 +1,7 @@
 """The result lines of a run: first the shape that gpt-fast's users know, then the honest split."""
 
+from typing import Any
+
 from gptfast.device import format_bytes
 from gptfast.llm import Output
 from gptfast.stats import RequestStats, RunStats
@@ -51,5 +53,23 @@ def summary_lines(stats: RunStats) -> list[str]:
                 else ""
             )
         )
+    lines += _speculation_lines(numbers["speculation"])
     lines.append(f"Load: {numbers['load_s']:.2f} s, compile: {numbers['compile_s']:.2f} s")
     return lines
+
+
+def _speculation_lines(numbers: dict[str, Any] | None) -> list[str]:
+    if numbers is None:
+        return []
+    lines = [f"Draft {numbers['draft']}: nothing was drafted"]
+    if numbers["drafted"]:
+        places = " ".join(f"{share:.0%}" for share in numbers["acceptance_by_position"])
+        lines = [
+            f"Draft {numbers['draft']}: {numbers['accepted']} of {numbers['drafted']} tokens "
+            f"accepted ({numbers['acceptance']:.0%}; by place {places}), "
+            f"{numbers['mean_accepted_length']:.2f} tokens a round",
+            f"Draft and verification cost {numbers['draft_cost']:.2f} + "
+            f"{numbers['verify_cost']:.2f} plain steps a round: {numbers['speedup']:.2f} x plain "
+            f"decoding",
+        ]
+    return lines + ([numbers["note"]] if numbers["note"] else [])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gptfast.cache import KVCache, cache_bytes_per_token, parse_kv_cache_dtype
+from gptfast.cached import LARGEST_PIECE
 from gptfast.checkpoint import Progress
 from gptfast.device import check_fits
 from gptfast.evaluation.windows import Window
 from gptfast.model import Transformer
-from gptfast.runner import LARGEST_PIECE
 
 # Bytes of float32 logits that exist at a time, of each model. What `reduce` makes of them on its
 # way is at most three times as much: 256 MB in all.
