@@ -1,11 +1,8 @@
-"""Speculator: a decode step that may yield several tokens a row. A drafter proposes k tokens, the
-target reads them in one pass, and what its sampling parameters accept is kept, with one token more.
-
-Nothing of it changes what the target says: at temperature 0, and for drafts that nothing was drawn
-for, tokens are those of plain decoding; otherwise their distribution is (see accept.py).
+"""Speculator: decode steps that may yield several tokens a row. A drafter proposes k tokens, the
+target verifies them in one pass; here is how many, when, and what it took.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -18,9 +15,9 @@ from gptfast.compiler import without_collection
 from gptfast.kernels.cpu_step import MAX_TOKENS
 from gptfast.runner import ModelRunner
 from gptfast.sampling import Plan, SamplingParams
-from gptfast.speculation.accept import accept_by_rejection, accept_equal
 from gptfast.speculation.controller import Controller
 from gptfast.speculation.drafts import Drafter, Text
+from gptfast.speculation.verify import Verifier
 from gptfast.stats import SpeculationStats
 
 MAX_SPECULATE_K = 15
@@ -60,11 +57,12 @@ class Speculator:
         self._name, self._runner, self._drafter = name, runner, drafter
         flat = MAX_TOKENS // runner.cache.num_rows - 1
         self._most = max(1, min(LARGEST_ADAPTIVE_K, flat)) if fixed_k is None else fixed_k
+        self._verify = Verifier(runner)
         self._controller = Controller(self._most, fixed_k, drafter.is_lookup)
         self._warm: set[Plan] = set()
         self._is_calibrated = False
         self._fixed_k, self._waits = fixed_k, False
-        self.stats = SpeculationStats(name, drafter.bytes_per_step)
+        self._stats = SpeculationStats(name, drafter.bytes_per_step)
         config = runner.model.config
         ropes = [rope for rope in (config.rope, config.local_rope) if rope is not None]
         # Beyond it the length of a text rotates it: a token verified among others would be turned
@@ -75,10 +73,15 @@ class Speculator:
     def start_row(self, row: int, prompt_ids: list[int]) -> None:
         self._drafter.start_row(row, prompt_ids)
 
+    @property
+    def stats(self) -> SpeculationStats:
+        """Since they were reset, and what is to be said of it now."""
+        self._stats.note = self._controller.reason()
+        return self._stats
+
     def reset_stats(self) -> None:
-        plain_step_s = self.stats.plain_step_s
-        self.stats = SpeculationStats(self._name, self._drafter.bytes_per_step)
-        self.stats.plain_step_s = plain_step_s
+        plain_step_s = self._stats.plain_step_s
+        self._stats = SpeculationStats(self._name, self._drafter.bytes_per_step, plain_step_s)
 
     # -- a round --
 
@@ -108,8 +111,9 @@ class Speculator:
             return self._plain_round(proposals, num_used)
         plan = self._runner.sampling.plan()
         self._warm_up(plan)
+        begun = self._mark()
         self._drafter.read(texts)
-        return Round(k, proposals, *self._drafted_round(k, plan, num_used))
+        return Round(k, proposals, *self._drafted_round(k, plan, num_used, begun))
 
     def _plain_round(self, proposals: Proposals, num_used: int) -> Round:
         begun = self._mark()
@@ -117,9 +121,8 @@ class Speculator:
         return Round(0, proposals, tokens, logits, (begun, begun, self._mark()))
 
     def _drafted_round(
-        self, k: int, plan: Plan, num_used: int
+        self, k: int, plan: Plan, num_used: int, begun: Mark
     ) -> tuple[Tensor, Tensor, tuple[Mark, Mark, Mark]]:
-        begun = self._mark()
         drafted, distributions = self._drafter.draft(k, plan, num_used + k)
         ended = self._mark()
         bound = self._runner.main.set_bound(num_used + k, k + 1)
@@ -137,80 +140,7 @@ class Speculator:
         draft_s, verify_s = _seconds(ended.marks)
         outcomes = [(ended.proposals[row][0], tried, num) for row, (tried, num) in accepted.items()]
         self._controller.observe(ended.num_drafted, outcomes, draft_s, verify_s)
-        self.stats.add(ended.num_drafted, outcomes, draft_s, verify_s)
-        self.stats.note = self._controller.reason()
-
-    # -- on the device --
-
-    def _verify(
-        self, drafted: Tensor, distributions: Tensor | None, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
-        """The target's step over each row's newest token and the drafted [B, k] behind it."""
-        runner, spare = self._runner, self._runner.cache.max_seq_len
-        last, state, num_places = runner.positions, runner.sampling, drafted.size(1) + 1
-        active = last < spare  # [B, 1]
-        steps = torch.arange(num_places, device=drafted.device)
-        tokens = torch.cat((runner.tokens, drafted.clamp(min=0)), dim=1)
-        places = torch.where(active, last + steps, spare).clamp(max=spare)
-        runner.cache.lengths.add_(active[:, 0])
-        logits, best = runner.main(tokens, places)
-        if distributions is not None:
-            each = self._at_each_place(
-                drafted, logits, plan, lambda x, _: runner.probabilities(x.clone(), plan)
-            )
-            new, num_accepted = accept_by_rejection(
-                drafted, distributions, each, state.seed, last + 1 + steps
-            )
-        else:
-            if plan == "greedy" and best is not None:
-                new = best
-            else:  # views and their bases as a plain step passes them: one graph for both
-                new = self._at_each_place(
-                    drafted,
-                    logits,
-                    plan,
-                    lambda x, step: runner.draw(
-                        x.unsqueeze(1).clone()[:, 0], state, last[:, 0] + (1 + step), plan
-                    ),
-                )
-            num_accepted = accept_equal(drafted, new)
-        length = last + 1  # of each row's text so far
-        count = torch.minimum(num_accepted.unsqueeze(1) + 1, runner.limits - length)
-        count = torch.where(active, count, 0).clamp(min=0)  # [B, 1]
-        if plan == "full":
-            for step in range(num_places):
-                state.count(new[:, step], (step < count)[:, 0])
-        # With the newest token before all others, entry `count` is the newest one now.
-        row = torch.cat((runner.previous, runner.tokens, new), dim=1)
-        runner.previous.copy_(row.gather(1, count))
-        runner.tokens.copy_(row.gather(1, count + 1))
-        # The newest token is counted by the step that reads it.
-        runner.cache.lengths.add_((count - 1).clamp(min=0)[:, 0])
-        ended = active & (length + count >= runner.limits)
-        runner.positions.copy_(torch.where(ended, spare, last + count))
-        return torch.cat((count, new), dim=1), logits
-
-    def _at_each_place(
-        self,
-        drafted: Tensor,
-        logits: Tensor,
-        plan: Plan,
-        choose: Callable[[Tensor, int], Tensor],
-    ) -> Tensor:
-        """`choose` of the logits [B, V] of each place, and its number, stacked [B, k + 1, ...];
-        the drafted tokens before a place stand in the output when it is chosen.
-        """
-        state = self._runner.sampling
-        tokens, there = drafted.clamp(min=0), (drafted >= 0).to(torch.int32)
-        chosen = []
-        for step in range(logits.size(1)):
-            if plan == "full" and step > 0:
-                state.count(tokens[:, step - 1], there[:, step - 1])
-            chosen.append(choose(logits[:, step], step))
-        if plan == "full":
-            for step in range(drafted.size(1)):
-                state.count(tokens[:, step], -there[:, step])
-        return torch.stack(chosen, dim=1)
+        self._stats.add(ended.num_drafted, outcomes, draft_s, verify_s)
 
     # -- before the first round --
 
@@ -250,12 +180,12 @@ class Speculator:
                 if k == 0:
                     marks = self._plain_round({}, 1).marks
                 else:
-                    marks = self._drafted_round(k, "greedy", 1)[2]
+                    marks = self._drafted_round(k, "greedy", 1, self._mark())[2]
                 times[k].append(_seconds(marks))
         # The first round fills caches and is left out.
         drafted = {k: median(draft for draft, _ in pairs[1:]) for k, pairs in times.items()}
         verified = {k: median(verify for _, verify in pairs[1:]) for k, pairs in times.items()}
-        plain_s = self.stats.plain_step_s = verified.pop(0)
+        plain_s = self._stats.plain_step_s = verified.pop(0)
         self._controller.calibrated(plain_s, drafted[self._most] / self._most, verified)
 
     def _lengths(self, every: bool) -> Sequence[int]:
