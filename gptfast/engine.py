@@ -11,9 +11,8 @@ once).
 import secrets
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,66 +22,12 @@ from gptfast.cached import LARGEST_PIECE
 from gptfast.config import ModelConfig
 from gptfast.device import check_fits, free_memory
 from gptfast.model import Transformer
+from gptfast.requests import Event, FinishReason, Request, TokenLogprob
 from gptfast.runner import ModelRunner
 from gptfast.sampling import SamplingParams, token_logprobs
 from gptfast.speculation.drafts import Draft, Text
 from gptfast.speculation.speculator import MAX_SPECULATE_K, Round, Speculator
 from gptfast.stats import DecodeCounters, RequestStats, SpeculationStats
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Log probability of the chosen token under the unmodified model, and likely alternatives."""
-
-    token_id: int
-    logprob: float
-    top: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Event:
-    """New tokens of one request, its statistics so far, and with its last event why it ends."""
-
-    request_id: int
-    token_ids: tuple[int, ...]
-    stats: RequestStats
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(eq=False)
-class Request:
-    """A request on the host: `num_prefilled` prompt tokens are in the cache, `num_dispatched` new
-    ones have been asked of the device, `num_drafted` more may come of it, `budget` are allowed.
-    """
-
-    id: int
-    prompt_ids: list[int]
-    params: SamplingParams
-    seed: int
-    budget: int
-    stats: RequestStats
-    row: int = -1
-    num_prefilled: int = 0
-    num_dispatched: int = 0
-    num_drafted: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    finished: bool = False
-    reread: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of its row's text on the device, which may be ahead of what the host knows; with
-        drafted tokens under way, the most that it may be.
-        """
-        return len(self.prompt_ids) + self.num_dispatched + self.num_drafted
-
-    @property
-    def decoding(self) -> bool:
-        """In a row, its prompt read, with tokens still to be asked for."""
-        return not self.finished and 0 < self.num_dispatched < self.budget
 
 
 @dataclass(frozen=True)
@@ -123,7 +68,7 @@ class Engine:
         check_speculate_k(draft is not None, speculate_k)
         parse_kv_cache_dtype(kv_cache_dtype, model.device)
         self.model, self.num_rows = model, num_rows
-        self.max_seq_len = _context_length(model, num_rows, max_seq_len, kv_cache_dtype)
+        self.max_seq_len = _context_length(model, num_rows, max_seq_len, kv_cache_dtype, draft)
         self.runner = ModelRunner(model, num_rows, self.max_seq_len, compile, kv_cache_dtype)
         self.device = self.runner.device
         self._speculator: Speculator | None = None
@@ -477,11 +422,12 @@ def check_speculate_k(has_draft: bool, speculate_k: int | None) -> None:
 
 
 def _context_length(
-    model: Transformer, num_rows: int, asked: int | None, kv_cache_dtype: str
+    model: Transformer, num_rows: int, asked: int | None, kv_cache_dtype: str, draft: Draft | None
 ) -> int:
     """Slots for each row: what was asked, if it fits, or what facts and free memory allow."""
     config, device = model.config, model.device
     per_token = num_rows * cache_bytes_per_token(config, model.dtype, kv_cache_dtype)
+    per_token += num_rows * (draft.cache_bytes_per_token if draft is not None else 0)
     # Beside the cache a row holds, for each token of the vocabulary, a bias, a count and a flag.
     others = per_token + num_rows * config.vocab_size * (4 + 4 + 1)  # the spare slot among them
     free = free_memory(device)

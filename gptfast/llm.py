@@ -20,16 +20,11 @@ from gptfast.chat import Message, find_template
 from gptfast.checkpoint import Progress, inspect, read_config
 from gptfast.compiler import started_early
 from gptfast.device import parse_device, peak_memory
-from gptfast.engine import (
-    Engine,
-    FinishReason,
-    TokenLogprob,
-    check_sizes,
-    check_speculate_k,
-)
+from gptfast.engine import Engine, check_sizes, check_speculate_k
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.loading import check_plan, load
 from gptfast.quantization import PLAIN, QuantPlan, quant_plan, running_notes
+from gptfast.requests import FinishReason, TokenLogprob
 from gptfast.sampling import SamplingParams
 from gptfast.speculation.drafts import Draft
 from gptfast.speculation.sources import find_draft

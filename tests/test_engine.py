@@ -17,9 +17,10 @@ from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor
 
 from gptfast.cached import LARGEST_PIECE, PREFILL_SHAPES
-from gptfast.engine import Engine, Event, TokenLogprob
+from gptfast.engine import Engine
 from gptfast.loading import load
 from gptfast.model import Transformer
+from gptfast.requests import Event, TokenLogprob
 from gptfast.sampling import SamplingParams
 from gptfast.stats import RequestStats
 

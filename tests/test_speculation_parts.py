@@ -3,6 +3,11 @@ exact distributions, prompt lookup against a search, the choice of k on simulate
 """
 
 import math
+import random
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from gptfast.speculation.accept import (
     accept_by_rejection,
     accept_equal,
 )
+from gptfast.speculation.controller import LOOKUP_PRIORS, Acceptance, Controller, Costs
 from gptfast.speculation.ngram import MAX_MATCH, NgramIndex
 from gptfast.stats import SpeculationStats
 
@@ -349,3 +355,380 @@ def test_statistics_by_hand():
     never = SpeculationStats("a draft")
     never.add(2, [(0, 2, 1)], 0.1, 0.1)
     assert never.as_dict()["speedup"] is never.as_dict()["verify_cost"] is None
+
+
+# ---- the choice of k, on simulated machines whose plain step takes 1 ----
+
+
+class Machine:
+    """Seconds of rounds: noise of 5 %, every fiftieth round up to four times as long, and a speed
+    that may change with the text.
+    """
+
+    def __init__(self, draft_step: float, verify: Callable[[int], float], seed: int) -> None:
+        self.draft_step, self.verify, self.random = draft_step, verify, random.Random(seed)
+
+    def cost(self, k: int) -> float:
+        return k * self.draft_step + self.verify(k) if k else 1.0
+
+    def noise(self) -> float:
+        hiccup = self.random.uniform(1.5, 4) if self.random.random() < 0.02 else 1.0
+        return math.exp(self.random.gauss(0, 0.05)) * hiccup
+
+    def calibrate(self, controller: Controller, error: float = 0.05) -> None:
+        plain, draft, *verify = [math.exp(self.random.gauss(0, error)) for _ in range(6)]
+        measured = {
+            k: self.verify(k) * factor for k, factor in zip((1, 2, 4, 8), verify, strict=True)
+        }
+        controller.calibrated(plain, self.draft_step * draft, measured)
+
+
+def flat(k: int) -> float:
+    return 1.03 + 0.03 * k
+
+
+def speedup(
+    controller: Controller,
+    machine: Machine,
+    chance: Callable[[int], float],
+    num_tokens: int,
+    slowness: Callable[[int], float] = lambda place: 1.0,
+    is_late: bool = False,
+) -> float:
+    """Over plain decoding, in the times that rounds take without noise. `chance` is of acceptance
+    at a place of the text. `is_late`: a round is observed when the next one has begun.
+    """
+    place, seconds, unseen = 0, 0.0, None
+    while place < num_tokens:
+        k, num_accepted = controller.choose([0]), 0
+        if unseen is not None:
+            controller.observe(*unseen)
+        while num_accepted < k and machine.random.random() < chance(place + num_accepted):
+            num_accepted += 1
+        factor = slowness(place)
+        measured = machine.cost(k) * factor * machine.noise()
+        draft_s = measured * k * machine.draft_step / machine.cost(k)
+        unseen = k, [(0, k, num_accepted)], draft_s, measured - draft_s
+        if not is_late:
+            controller.observe(*unseen)
+            unseen = None
+        seconds += machine.cost(k) * factor
+        place += 1 + num_accepted
+    return place / (seconds / (sum(map(slowness, range(place))) / place))
+
+
+def speedups(
+    draft_step: float,
+    verify: Callable[[int], float],
+    chance: Callable[[int], float],
+    num_tokens: int,
+    slowness: Callable[[int], float] = lambda place: 1.0,
+    fixed_k: int | None = None,
+) -> list[float]:
+    found = []
+    for seed in range(20 if fixed_k is None else 5):
+        machine, controller = Machine(draft_step, verify, seed), Controller(8, fixed_k)
+        machine.calibrate(controller)
+        found.append(speedup(controller, machine, chance, num_tokens, slowness))
+    return found
+
+
+DRAFT_STEPS = {"tiny": 0.02, "small": 0.1, "medium": 0.25, "large": 0.6, "too large": 1.1}
+
+
+@pytest.mark.parametrize("name", DRAFT_STEPS)
+def test_a_useless_draft_costs_under_three_percent_of_256_tokens(name):
+    for verify in (flat, lambda k: 1.1 + 0.25 * k):
+        for chance in (0.0, 0.05):
+            found = speedups(DRAFT_STEPS[name], verify, lambda place, c=chance: c, 256)
+            assert min(found) >= 0.97
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "medium"])
+@pytest.mark.parametrize("chance", [0.6, 0.8, 0.95])
+def test_a_good_draft_is_used_nearly_as_with_the_best_fixed_k(name, chance):
+    step = DRAFT_STEPS[name]
+    fixed = [mean(speedups(step, flat, lambda _: chance, 512, fixed_k=k)) for k in range(1, 9)]
+    found = speedups(step, flat, lambda _: chance, 512)
+    assert mean(found) >= 0.93 * max(fixed)
+    assert min(found) >= 0.97
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "medium"])
+def test_it_follows_a_text_whose_nature_changes(name):
+    def good_first(place: int) -> float:
+        return 0.85 if place < 256 else 0.03
+
+    def good_last(place: int) -> float:
+        return 0.85 if place >= 256 else 0.03
+
+    def by_turns(place: int) -> float:
+        return 0.85 if place // 40 % 2 else 0.03
+
+    step = DRAFT_STEPS[name]
+    for chance, num_tokens, share in (
+        (good_first, 512, 0.95),
+        (good_last, 512, 0.85),
+        (by_turns, 1024, 0.8),
+    ):
+        fixed = [mean(speedups(step, flat, chance, num_tokens, fixed_k=k)) for k in (1, 2, 5)]
+        found = speedups(step, flat, chance, num_tokens)
+        assert min(found) >= 0.97
+        assert mean(found) >= share * max(1.0, *fixed)
+    always_good = mean(speedups(step, flat, lambda _: 0.85, 256))
+    # Half of the text at a gain: most of what a half can give.
+    most = 2 / (1 + 1 / always_good)
+    assert mean(speedups(step, flat, good_first, 512)) >= 0.93 * most
+    assert mean(speedups(step, flat, good_last, 512)) >= 1 + 0.5 * (most - 1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "medium"])
+def test_a_change_of_the_machines_speed_is_not_taken_for_a_cost(name):
+    def slower(place: int) -> float:
+        return 1.0 if place < 256 else 1.7
+
+    def by_turns(place: int) -> float:
+        return 1.7 if place // 23 % 2 else 1.0
+
+    step = DRAFT_STEPS[name]
+    steady = mean(speedups(step, flat, lambda _: 0.8, 512))
+    for slowness in (slower, by_turns):
+        assert mean(speedups(step, flat, lambda _: 0.8, 512, slowness)) >= 0.95 * steady
+        assert min(speedups(step, flat, lambda _: 0.03, 512, slowness)) >= 0.97
+
+
+def test_costs_that_calibration_missed_are_found_out():
+    """Rounds take 1.8 times what idle rows promised: a draft that seemed to pay does not."""
+    controller, machine = Controller(8), Machine(0.1, flat, 0)
+    machine.calibrate(controller)
+    machine.draft_step, machine.verify = 0.18, lambda k: 1.8 * flat(k)
+    assert speedup(controller, machine, lambda _: 0.5, 512) >= 0.95
+    assert controller.is_off
+
+
+@pytest.mark.parametrize("chance, at_least", [(0.0, 0.97), (0.05, 0.97), (0.8, 1.8)])
+def test_rounds_may_be_observed_one_round_late(chance, at_least):
+    """As on a GPU, where the host reads a step behind."""
+    for seed in range(10):
+        controller, machine = Controller(8), Machine(0.1, flat, seed)
+        machine.calibrate(controller)
+        assert speedup(controller, machine, lambda _: chance, 256, is_late=True) >= at_least
+
+
+def test_a_round_that_hangs_changes_nothing():
+    controller, machine = Controller(8), Machine(0.1, flat, 0)
+    machine.calibrate(controller, error=0)
+    speedup(controller, machine, lambda _: 0.9, 64)
+    before = controller.choose([0])
+    for k in (0, before, 0, before):
+        for _ in range(4):
+            controller.observe(k, [(0, k, k)], 0.0, machine.cost(k))
+        controller.observe(k, [(0, k, k)], 50.0, 50.0)
+    assert controller.choose([0]) >= 3 and not controller.is_off
+
+
+def test_trials_of_a_draft_that_stays_useless_cost_under_a_percent():
+    controller, machine = Controller(8), Machine(0.3, flat, 0)
+    machine.calibrate(controller)
+    speedup(controller, machine, lambda _: 0.0, 64)
+    assert controller.is_off
+    trials = []
+    for place in range(20_000):
+        k = controller.choose([0])
+        trials += [place] * (k > 0)
+        controller.observe(k, [(0, k, 0)], 0.0, machine.cost(k))
+    assert sum(machine.cost(1) - 1 for _ in trials) < 0.01 * 20_000
+    pauses = [b - a for a, b in pairwise(trials) if b - a > 1]
+    assert pauses == sorted(pauses) and 500 < pauses[-1] <= 1100
+
+
+def test_rows_are_chosen_for_together():
+    """Two rows of four accept well; a machine on which each drafted token costs more."""
+    gains = {}
+    for fixed_k in (None, 1, 2, 3, 4):
+        controller = Controller(4, fixed_k, is_lookup=True)
+        machine = Machine(0.0, lambda k: 1.02 + 0.05 * k, 1)
+        machine.calibrate(controller)
+        tokens, seconds = 0, 0.0
+        for _ in range(400):
+            kinds = [5, 5, 1, 0]
+            k = controller.choose(kinds)
+            outcomes = []
+            for kind, chance in zip(kinds, (0.8, 0.8, 0.05, 0.0), strict=True):
+                num_accepted = 0
+                while num_accepted < k and machine.random.random() < chance:
+                    num_accepted += 1
+                outcomes.append((kind, k if kind else 0, num_accepted))
+                tokens += 1 + num_accepted
+            controller.observe(k, outcomes, 0.0, machine.cost(k) * machine.noise())
+            seconds += machine.cost(k)
+        gains[fixed_k] = tokens / seconds / 4
+    adaptive = gains.pop(None)
+    assert adaptive >= 0.96 * max(gains.values()) > 1.2
+
+
+def look_up(text: list[int], num_read: int, fixed_k: int | None = None) -> tuple[float, Controller]:
+    """Prompt lookup on a text that is known to come, `num_read` of it being the prompt."""
+    machine, controller = Machine(0.0, flat, 0), Controller(8, fixed_k, is_lookup=True)
+    machine.calibrate(controller)
+    index, place, seconds = NgramIndex(), num_read, 0.0
+    index.extend(text[:place])
+    while place < len(text):
+        candidate, length = index.propose(8)
+        k = min(controller.choose([length]), len(candidate))
+        coming = text[place : place + k]
+        num_accepted = next((i for i, t in enumerate(coming) if t != candidate[i]), len(coming))
+        num_accepted = min(num_accepted, len(text) - place - 1)
+        seconds += machine.cost(k)
+        controller.observe(k, [(length, k, num_accepted)], 0.0, machine.cost(k) * machine.noise())
+        index.extend(text[place : place + 1 + num_accepted])
+        place += 1 + num_accepted
+    return (place - num_read) / seconds, controller
+
+
+def test_lookup_never_loses_on_text_that_does_not_repeat():
+    dice = random.Random(0)
+    for num_words in (2, 5, 50, 1000, 10**9):
+        text = [dice.randrange(num_words) for _ in range(1024)]
+        for end in (512, 1024):
+            assert look_up(text[:end], 256)[0] >= 0.97
+    assert look_up([dice.randrange(1000) for _ in range(1024)], 256)[1].is_off
+
+
+def test_lookup_gains_on_stories_and_much_on_repeated_ones():
+    stories = Path(accept.__file__).parents[1] / "storyteller" / "stories.txt"
+    words = stories.read_text(encoding="utf-8").split()[:3000]
+    ids = [sorted(set(words)).index(word) for word in words]
+    assert look_up(ids, 1500)[0] >= 1.0
+    for start in (0, 900):
+        story = ids[start : start + 300]
+        found, _ = look_up(story * 2, 300)
+        assert found >= max(2.5, 0.9 * look_up(story * 2, 300, 8)[0])
+
+
+def test_the_best_k_is_the_one_of_the_formula():
+    for chance in (0.2, 0.5, 0.8):
+        for draft_step, slope in ((0.02, 0.05), (0.1, 0.02), (0.3, 0.3)):
+            controller = Controller(6)
+            controller.calibrated(
+                2.0, 2 * draft_step, {k: 2 * (1.05 + slope * k) for k in range(1, 7)}
+            )
+            kind = controller._kinds[0].acceptance
+            kind._tried, kind._accepted = [1e9] * 6, [chance * 1e9] * 6
+            rates = [
+                sum(chance**i for i in range(k + 1)) / (k * draft_step + 1.05 + slope * k)
+                for k in range(1, 7)
+            ]
+            best = max(range(6), key=lambda i: rates[i])
+            assert controller.choose([0]) == (best + 1 if rates[best] > 1.02 else 0)
+
+
+def test_acceptance_by_hand():
+    few = Acceptance(0.7, 3)
+    assert few.expected == pytest.approx([1, 1.7, 1.7 + 0.49, 1.7 + 0.49 + 0.343])
+    few.observe(3, 1)  # the first stayed, the second did not, the third was not asked for
+    first = (0.95 * 1.4 + 1) / (0.95 * 2 + 1)
+    later = (2 * 0.7 + 0) / (2 + 1)
+    second, third = (2 * later + 0) / (2 + 1), later
+    assert few.expected == pytest.approx(
+        [1, 1 + first, 1 + first + first * second, 1 + first * (1 + second + second * third)]
+    )
+    few.observe(1, 1)  # one token was drafted: nothing is learned of the second
+    assert few.expected[1] == pytest.approx(1 + (0.95 * (0.95 * 1.4 + 1) + 1) / (0.95 * 2.9 + 1))
+    assert few._tried[1:] == pytest.approx([0.95, 0])
+
+
+def test_costs_by_hand():
+    costs = Costs(8)
+    costs.calibrated(2.0, 0.2, {2: 2.4, 4: 2.2, 6: 3.2})
+    verified = [2.2, 2.4, 2.4, 2.4, 2.8, 3.2, 3.6, 4.0]
+    expected = [(0.2 * k + verify) / 2 for k, verify in enumerate(verified, start=1)]
+    assert [costs.of(k) for k in range(9)] == pytest.approx([1.0, *expected])
+    for _ in range(3):
+        costs.observe(0, 3.0)
+    costs.observe(4, 3 * expected[3] * 20)
+    assert costs.of(4) == pytest.approx(expected[3])  # one round may have hung
+    costs.observe(4, 3 * expected[3] * 1.5)
+    assert costs.of(4) == pytest.approx(1.5 * expected[3])
+    assert costs.of(5) == pytest.approx(1.5 * expected[4])  # the others are corrected alike
+    costs.observe(4, 0.0)  # a clock that does not tick
+    assert costs.of(4) == pytest.approx(1.5 * expected[3])
+    other = Costs(8)
+    other.calibrated(2.0, 0.2, {2: 2.4, 4: 2.2, 6: 3.2})
+    for k, seconds in ((6, 1.2), (6, 1.2), (6, 1.4), (0, 1.0), (0, 1.0)):
+        other.observe(k, 7 * seconds * (expected[5] if k else 1.0))
+    assert other.of(6) == pytest.approx(1.2 * expected[5])  # by plain steps behind it
+    for wrong in ((0.0, 0.1, {1: 1.0}), (1.0, -0.1, {1: 1.0}), (1.0, 0.1, {1: math.nan})):
+        with pytest.raises(ValueError, match="must be above 0 seconds"):
+            costs.calibrated(*wrong)
+    only_plain = Costs(2)
+    only_plain.calibrated(1.0, 0.5, {})
+    assert [only_plain.of(k) for k in range(3)] == pytest.approx([1, 1.5, 2.0])
+
+
+def test_plain_steps_are_probed_less_and_less_often():
+    controller = Controller(4)
+    controller.calibrated(1.0, 0.05, {4: 1.1})
+    chosen = []
+    for _ in range(300):
+        chosen.append(controller.choose([0]))
+        controller.observe(chosen[-1], [(0, chosen[-1], chosen[-1])], 0.0, 1.2)
+    plain = [i for i, k in enumerate(chosen) if k == 0]
+    assert [b - a - 1 for a, b in pairwise([-1, *plain])] == [4, 8, 16, 32, 64, 64, 64]
+
+
+def test_a_fixed_k_stays_whatever_happens():
+    controller = Controller(8, 3)
+    assert controller.reason().startswith("k is fixed at 3")
+    for _ in range(200):
+        assert controller.choose([0, 0]) == 3
+        controller.observe(3, [(0, 3, 0), (0, 3, 0)], 5.0, 5.0)
+    assert not controller.is_off
+    assert controller.reason() == (
+        "k is fixed at 3: 0% of drafted tokens were accepted, and 3 drafted tokens cost 1.30 "
+        "plain steps"
+    )
+    assert Controller(8, 0).choose([0]) == 0
+
+
+def test_the_reason_says_what_was_found():
+    controller = Controller(4)
+    controller.calibrated(1.0, 0.2, {4: 1.2})
+    assert controller.reason() == "speculation is on: 1 drafted token costs 1.25 plain steps"
+    controller.observe(4, [(0, 4, 3)], 0.8, 1.2)
+    assert controller.reason() == (
+        "speculation is on: 75% of drafted tokens were accepted, and 4 drafted tokens cost 2.00 "
+        "plain steps"
+    )
+    for _ in range(30):
+        k = controller.choose([0])
+        controller.observe(k, [(0, k, 0)], 0.2 * k, 1 + 0.05 * k)
+    assert controller.is_off
+    assert controller.reason().startswith("speculation is off since token ")
+    assert "1 drafted token costs 1.25 plain steps" in controller.reason()
+    hopeless = Controller(4)
+    hopeless.calibrated(1.0, 3.0, {4: 1.2})
+    assert hopeless.choose([0]) == 0
+    hopeless.observe(0, [(0, 0, 0)], 0.0, 1.0)
+    assert hopeless.is_off
+    assert hopeless.reason() == (
+        "speculation is off since token 1: 1 drafted token costs 4.05 plain steps"
+    )
+
+
+def test_rows_without_a_candidate_are_not_drafts():
+    assert len(LOOKUP_PRIORS) == MAX_MATCH + 1
+    controller = Controller(8, is_lookup=True)
+    assert controller.choose([]) == controller.choose([0, 0]) == 0
+    for _ in range(300):
+        controller.observe(0, [(0, 0, 0)], 0.0, 1.0)
+    assert not controller.is_off and controller.choose([3]) > 0
+    assert controller.choose([99]) == controller.choose([5]) > 0
+
+
+def test_impossible_ks_are_refused():
+    with pytest.raises(ValueError, match="max_k = 0 must be at least 1"):
+        Controller(0)
+    for fixed_k in (-1, 9):
+        with pytest.raises(ValueError, match=f"fixed_k = {fixed_k} must be from 0 to max_k = 8"):
+            Controller(8, fixed_k)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.cache import KVCache
+from gptfast.cache import KVCache, cache_bytes_per_token
 from gptfast.cached import LARGEST_PIECE, CachedModel
 from gptfast.device import format_bytes
 from gptfast.model import Transformer
@@ -42,6 +42,13 @@ class Draft:
         if self.model is None:
             return f"{self.name} (no model)"
         return f"{self.name}, {format_bytes(self.model.bytes_per_step)} a token"
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Of one row, in a cache of the draft's own."""
+        if self.model is None or self.shares_cache:
+            return 0
+        return cache_bytes_per_token(self.model.config, self.model.dtype, "auto")
 
     def drafter(self, runner: ModelRunner) -> "Drafter":
         if self.model is None:
