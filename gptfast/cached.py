@@ -106,6 +106,13 @@ class CachedModel:
         return self._blocks[block.kind](block, x, positions, *rest)
 
 
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts have in common from their beginning: their keys are the same."""
+    pairs = zip(first, second, strict=False)
+    shorter = min(len(first), len(second))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
 def _run_block(block: nn.Module, *inputs: Any) -> Tensor:
     return block(*inputs)
 

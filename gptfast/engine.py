@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptfast.cache import cache_bytes_per_token, parse_kv_cache_dtype
-from gptfast.cached import LARGEST_PIECE
+from gptfast.cached import LARGEST_PIECE, common_prefix
 from gptfast.config import ModelConfig
 from gptfast.device import check_fits, free_memory
 from gptfast.model import Transformer
@@ -184,7 +184,7 @@ class Engine:
                 continue
             reusable = len(request.prompt_ids) <= self.model.config.max_reusable_length
             shared = {
-                row: _common_prefix(self._cached[row], request.prompt_ids) if reusable else 0
+                row: common_prefix(self._cached[row], request.prompt_ids) if reusable else 0
                 for row in free
             }
             # Among rows that share nothing, the emptiest: other conversations stay cached.
@@ -442,12 +442,6 @@ def _context_length(
         "lower max_seq_len or the batch size",
     )
     return context
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    shorter = min(len(first), len(second))
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
 
 
 def _token_logprob(

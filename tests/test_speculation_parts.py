@@ -23,7 +23,7 @@ from gptfast.speculation.accept import (
     accept_by_rejection,
     accept_equal,
 )
-from gptfast.speculation.controller import LOOKUP_PRIORS, Acceptance, Controller, Costs
+from gptfast.speculation.controller import LOOKUP_PRIORS, Acceptance, Controller, Costs, Kind
 from gptfast.speculation.ngram import MAX_MATCH, NgramIndex
 from gptfast.stats import SpeculationStats
 
@@ -623,6 +623,83 @@ def test_the_best_k_is_the_one_of_the_formula():
             assert controller.choose([0]) == (best + 1 if rates[best] > 1.02 else 0)
 
 
+def test_the_formula_sums_over_rows():
+    controller = Controller(6, is_lookup=True)
+    controller.calibrated(1.0, 0.0, {k: 1.1 + 0.12 * k for k in range(1, 7)})
+    chances = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+    for kind, chance in zip(controller._kinds, chances, strict=True):
+        kind.acceptance._tried, kind.acceptance._accepted = [1e9] * 6, [chance * 1e9] * 6
+    chosen = set()
+    for kinds in ([5, 5, 5, 1], [5, 1, 1, 1], [5, 0, 0, 0], [4, 4, 2, 0], [1, 1], [3], [5], [2, 5]):
+        rates = {0: 1.02 * len(kinds)}
+        for k in range(1, 7):
+            num_tokens = sum(sum(chances[kind] ** i for i in range(k + 1)) for kind in kinds)
+            rates[k] = num_tokens / (1.1 + 0.12 * k)
+        assert controller.choose(kinds) == max(rates, key=lambda k: rates[k])
+        chosen.add(controller.choose(kinds))
+    assert len(chosen) > 3
+
+
+def test_a_round_counts_what_could_be_accepted_and_shares_its_cost():
+    controller = Controller(4)
+    controller.calibrated(1.0, 0.1, {4: 1.2})
+    controller.observe(4, [(0, 2, 2), (0, 0, 0), (0, 4, 1), (0, 4, 0)], 0.4, 1.2)
+    kind = controller._kinds[0]
+    assert kind.acceptance._tried == pytest.approx([2 * 0.95**3 + 0.95**2 + 0.95 + 1, 1.8525, 0, 0])
+    assert kind.gain == pytest.approx(((3 - 1.6) + (2 - 1.6) + (1 - 1.6)) / 4)
+
+
+def test_rests_grow_until_drafts_have_paid():
+    def pass_rounds(num_rounds: int, is_drafted: bool, pays: bool = False) -> None:
+        for _ in range(num_rounds):
+            kind.pass_round(is_drafted, pays)
+
+    kind = Kind(Acceptance(0.7, 2))
+    pass_rounds(5, is_drafted=True, pays=True)
+    assert kind.rest == kind.trial == 0 and not kind.is_off
+    pass_rounds(1, is_drafted=True)
+    assert kind.rest == 32 and kind.is_off
+    pass_rounds(31, is_drafted=False)
+    assert kind.rest == 1
+    pass_rounds(1, is_drafted=False)
+    assert (kind.rest, kind.trial) == (0, 3) and kind.is_off
+    pass_rounds(2, is_drafted=True)
+    pass_rounds(9, is_drafted=False)  # nothing could be drafted: the trial goes on
+    assert (kind.rest, kind.trial) == (0, 1)
+    kind.gain = -2.0
+    pass_rounds(1, is_drafted=True)
+    assert kind.rest == 200  # of which 2 are a percent
+    pass_rounds(200, is_drafted=False)
+    assert kind.gain == 0 and kind.trial == 3
+    pass_rounds(3, is_drafted=True)
+    assert kind.rest == 128
+    pass_rounds(1, is_drafted=True, pays=True)  # drafted for another row, and good
+    assert not kind.is_off
+    kind.gain = 1.0
+    pass_rounds(1, is_drafted=True)
+    assert kind.rest == 32
+
+
+def test_after_a_long_rest_a_good_draft_is_heard():
+    controller, machine = Controller(8), Machine(0.3, flat, 0)
+    machine.calibrate(controller)
+    assert speedup(controller, machine, lambda _: 0.0, 6000) >= 0.99
+    assert controller.is_off
+    for _ in range(1024 + 3):
+        k = controller.choose([0])
+        controller.observe(k, [(0, k, k)], 0.0, machine.cost(k))
+    assert not controller.is_off and controller.choose([0]) > 1
+
+
+def test_a_noisy_machine_does_not_make_a_useless_draft_look_free():
+    """Noise of 20 %, costs calibrated 10 % wrong, and a draft that costs next to nothing."""
+    for seed in range(40):
+        machine, controller = Machine(0.02, lambda k: 1.03 + 0.01 * k, seed), Controller(8)
+        machine.noise = lambda dice=machine.random: math.exp(dice.gauss(0, 0.2))
+        machine.calibrate(controller, error=0.1)
+        assert speedup(controller, machine, lambda _: 0.03, 256) >= 0.97
+
+
 def test_acceptance_by_hand():
     few = Acceptance(0.7, 3)
     assert few.expected == pytest.approx([1, 1.7, 1.7 + 0.49, 1.7 + 0.49 + 0.343])
@@ -658,6 +735,11 @@ def test_costs_by_hand():
     for k, seconds in ((6, 1.2), (6, 1.2), (6, 1.4), (0, 1.0), (0, 1.0)):
         other.observe(k, 7 * seconds * (expected[5] if k else 1.0))
     assert other.of(6) == pytest.approx(1.2 * expected[5])  # by plain steps behind it
+    for k in (0, 4, 4, 4, 4):
+        other.observe(k, 7 * (2 * expected[3] if k else 1.0))
+    assert other.of(4) == pytest.approx(2 * expected[3])
+    assert other.of(5) == pytest.approx(2 * expected[4])
+    assert other.of(6) == pytest.approx(1.2 * expected[5])  # it has ratios of its own
     for wrong in ((0.0, 0.1, {1: 1.0}), (1.0, -0.1, {1: 1.0}), (1.0, 0.1, {1: math.nan})):
         with pytest.raises(ValueError, match="must be above 0 seconds"):
             costs.calibrated(*wrong)

@@ -75,7 +75,7 @@ class Controller:
         if self._since_plain >= self._plain_after:
             return 0
         drafting = Counter(kind for kind in map(self._kind, kinds) if kind is not None)
-        k = self._best({kind: n for kind, n in drafting.items() if not kind.rest}, len(kinds))
+        k = self._best(drafting, len(kinds))
         return max(k, 1) if any(kind.trial for kind in drafting) else k
 
     def observe(

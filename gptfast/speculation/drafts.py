@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.cache import KVCache, cache_bytes_per_token
-from gptfast.cached import LARGEST_PIECE, CachedModel
+from gptfast.cached import LARGEST_PIECE, CachedModel, common_prefix
 from gptfast.device import format_bytes
 from gptfast.model import Transformer
 from gptfast.runner import ModelRunner
@@ -172,9 +172,7 @@ class ModelDrafter:
         self._follows = [False] * cache.num_rows
 
     def start_row(self, row: int, prompt_ids: Sequence[int]) -> None:
-        pairs = zip(self._ids[row], prompt_ids, strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        self._ids[row] = self._ids[row][: len(prompt_ids) if shared is None else shared]
+        del self._ids[row][common_prefix(self._ids[row], prompt_ids) :]
         self._follows[row] = False
 
     def wants_texts(self, rows: Iterable[int]) -> bool:
