@@ -154,6 +154,8 @@ class Engine:
         for row in range(self.num_rows):
             if self._rows[row] is None:
                 self._cached[row] = []
+                if self._speculator is not None:
+                    self._speculator.forget(row)
 
     # -- the loop --
 
@@ -219,6 +221,8 @@ class Engine:
         hidden = self.runner.prefill(piece, start, row)
         request.num_prefilled += len(piece)
         self._cached[row] += piece
+        if self._speculator is not None:
+            self._speculator.prefill(row, request.prompt_ids, request.num_prefilled)
         if request.num_prefilled == len(request.prompt_ids):
             tokens, logits = self.runner.first_token(hidden, len(piece) - 1, row)
             self._send(tokens, logits, [request], is_decode=False)
@@ -240,7 +244,8 @@ class Engine:
         ]
         events = self._arrived(0) if grown else []  # the host must know all tokens
         for request in grown:
-            if not request.finished:
+            # Fewer drafted tokens may have been accepted than could have been.
+            if not request.finished and request.num_tokens > limit:
                 request.reread = True
                 known = [*request.prompt_ids, *request.token_ids[:-1]]
                 self.runner.reread(known, request.row)
@@ -412,9 +417,11 @@ def check_sizes(config: ModelConfig, num_rows: int, max_seq_len: int | None) -> 
 
 
 def check_speculate_k(has_draft: bool, speculate_k: int | None) -> None:
-    """ValueError where so many tokens cannot be drafted at a time."""
+    """ValueError or TypeError where so many tokens cannot be drafted at a time."""
     if speculate_k is None:
         return
+    if isinstance(speculate_k, bool) or not isinstance(speculate_k, int):
+        raise TypeError(f"speculate_k is {speculate_k!r}; a whole number or None is needed")
     if not has_draft:
         raise ValueError(f"speculate_k is {speculate_k} and there is no draft; give one")
     if not 1 <= speculate_k <= MAX_SPECULATE_K:

@@ -302,6 +302,7 @@ class LLM:
         engine.warm_up([params for _, params in work])
         engine.reset_counters()
         running: dict[int, tuple[int, _Text]] = {}
+        delivered: dict[int, RequestStats] = {}
         try:
             for index, (ids, params) in enumerate(work):
                 running[engine.submit(ids, params)] = index, _Text(self.tokenizer, ids, params)
@@ -314,12 +315,14 @@ class LLM:
                     if reason is not None:
                         del running[event.request_id]
                         engine.cancel(event.request_id)
-                        # Tokens that were accepted behind a stop string are not part of the output.
-                        del event.stats.token_times[text.num_tokens :]
+                        _cut(engine, event.stats, text.num_tokens)
+                    delivered[event.request_id] = event.stats
                     yield Chunk(index, piece, event.token_ids, event.logprobs, reason, event.stats)
         finally:
-            for request_id in running:
+            for request_id, (_, text) in running.items():
                 engine.cancel(request_id)
+                if request_id in delivered:
+                    _cut(engine, delivered[request_id], text.num_tokens)
 
     def _build_engine(self, num_rows: int) -> Engine:
         return Engine(
@@ -382,6 +385,14 @@ class _Text:
             ),
             default=0,
         )
+
+
+def _cut(engine: Engine, stats: RequestStats, num_tokens: int) -> None:
+    """Leaves tokens out of the statistics that were accepted together with the last one that is
+    part of an output, and are not.
+    """
+    engine.counters.num_tokens -= len(stats.token_times) - num_tokens
+    del stats.token_times[num_tokens:]
 
 
 def _one_each(

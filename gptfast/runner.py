@@ -134,7 +134,8 @@ class ModelRunner:
             tokens = self.draw(logits, self.sampling, positions + 1, plan)
         if plan == "full":
             self.sampling.count(tokens, active)
-        self.previous.copy_(self.tokens)
+        # Not of a row that is being read: there it is the prompt's last token.
+        self.previous.copy_(torch.where(active.unsqueeze(1), self.tokens, self.previous))
         self.tokens.copy_(tokens.unsqueeze(1))
         self.positions.add_(active.unsqueeze(1))
         return tokens, logits

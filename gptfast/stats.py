@@ -83,11 +83,15 @@ class DecodeCounters:
         self.seconds, self.num_tokens, self.num_steps = 0.0, 0, 0
 
 
+ENOUGH_STEPS = 8  # for their mean to be a plain step's time
+
+
 @dataclass
 class SpeculationStats:
     """What speculation did. `plain_steps` drafted nothing, `rounds` did; `by_position` has, of the
     first drafted token of a row, the second and so on, how often all before it were accepted and
-    how often it was too. `plain_step_s` is the calibrated time of a plain step; 0 = not known.
+    how often it was too. `plain_step_s` is the calibrated time of a plain step (0 = not known); it
+    counts until there were plain steps enough.
     """
 
     draft: str
@@ -141,7 +145,10 @@ class SpeculationStats:
     def as_dict(self) -> dict[str, Any]:
         """Costs are plain steps a round; `speedup` is tokens per second over those of plain steps,
         the time of plain steps among the rounds included."""
-        round_s = self.plain_step_s * self.rounds
+        plain_step_s = self.plain_step_s
+        if self.plain_steps >= ENOUGH_STEPS:  # of the same moment, context and sampling
+            plain_step_s = self.plain_s / self.plain_steps
+        round_s = plain_step_s * self.rounds
         seconds = self.draft_s + self.verify_s + self.plain_s
         return {
             "draft": self.draft,
@@ -157,10 +164,10 @@ class SpeculationStats:
             ),
             "draft_s": self.draft_s,
             "verify_s": self.verify_s,
-            "plain_step_s": self.plain_step_s or None,
+            "plain_step_s": plain_step_s or None,
             "draft_cost": self.draft_s / round_s if round_s else None,
             "verify_cost": self.verify_s / round_s if round_s else None,
-            "speedup": _ratio(self.plain_steps_worth * self.plain_step_s, seconds),
+            "speedup": _ratio(self.plain_steps_worth * plain_step_s, seconds),
             "note": self.note,
         }
 

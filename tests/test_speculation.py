@@ -3,6 +3,7 @@ and where it is drawn, its distribution.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -299,6 +300,65 @@ def test_rounds_that_are_replayed(
     assert len(set(first)) == len(first) and {key[0] for key in first} >= {"verify"}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("changing", [False, True])
+def test_a_draft_holds_the_keys_of_the_text(llama: Transformer, changing: bool) -> None:
+    """Also where a long prompt is read while another row decodes plainly, and where rounds that
+    draft and plain steps alternate: the draft is the target, so their keys are the same.
+    """
+    engine = Engine(llama, 2, draft=Draft("right", llama))
+    assert engine._speculator is not None
+    controller, turns = engine._speculator._controller, itertools.count()
+    k_of_round = (lambda: 4 * (next(turns) % 2)) if changing else (lambda: 4)
+    results: dict[int, Result] = {}
+    engine.submit(random_prompt(5), replace(GREEDY, max_new_tokens=60))
+    take(engine, results)
+    controller.choose = lambda kinds: 0  # type: ignore[method-assign]
+    long = engine.submit(random_prompt(900), replace(GREEDY, max_new_tokens=40))
+    take(engine, results)
+    controller.choose = lambda kinds: k_of_round()  # type: ignore[method-assign]
+    finish(engine, results)
+    drafter: Any = engine._speculator._drafter
+    text = random_prompt(900) + results[long].token_ids
+    row = next(row for row, ids in enumerate(drafter._ids) if ids[:900] == text[:900])
+    held = drafter._ids[row]
+    assert len(held) > 930 and held == text[: len(held)]
+    for ours, theirs in zip(engine.runner.cache.layers, drafter.model.cache.layers, strict=True):
+        for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
+            used = slice(0, len(held))
+            torch.testing.assert_close(mine[row, :, used], other[row, :, used])
+
+
+def test_prompts_are_read_in_turns_by_the_draft_too(llama: Transformer) -> None:
+    """At most a largest piece each, so that rows that decode wait a bounded time; and forgotten."""
+    engine = Engine(llama, 2, draft=Draft("right", llama), speculate_k=2)
+    assert engine._speculator is not None
+    drafter: Any = engine._speculator._drafter
+    engine.submit(random_prompt(1400), replace(GREEDY, max_new_tokens=4))
+    for expected in (512, 1024, 1399):
+        engine.step()
+        assert len(drafter._ids[0]) + len(drafter._ids[1]) == expected
+    finish(engine)
+    engine.forget()
+    assert drafter._ids == [[], []]
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong"])
+def test_models_without_a_fused_step_with_the_host_one_round_behind(
+    llama: Transformer, pair: tuple[Transformer, Draft], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the host says how far slots are used: texts that cross the bounds of 256 and 512."""
+    monkeypatch.setattr("gptfast.cached.fused_step", lambda model, cache: None)
+    draft = pair[1] if kind == "wrong" else Draft("right", llama)
+    work = [
+        (random_prompt(length), replace(GREEDY, max_new_tokens=20)) for length in (245, 500, 250)
+    ]
+    expected = [result.token_ids for result in run(Engine(llama, 2), *work)]
+    engine = Engine(llama, 2, draft=draft, speculate_k=6)
+    engine._lag = 1
+    assert [result.token_ids for result in run(engine, *work)] == expected
+
+
 # -- where texts end --
 
 
@@ -357,6 +417,17 @@ def test_a_stop_string_within_an_accepted_run() -> None:
         assert not llm.engine.has_work
 
 
+def test_a_stream_that_is_left_counts_what_it_gave() -> None:
+    llm = LLM("storyteller", draft="storyteller", speculate_k=7)
+    chunks = llm.stream(PROMPTS[0], STORY)
+    taken = [next(chunks) for _ in range(3)]
+    chunks.close()
+    assert taken[0].stats.num_new_tokens == 3 and not llm.engine.has_work
+    assert llm.engine.counters.num_tokens == 2  # the first came with the prompt
+    [output] = llm.generate(PROMPTS[0], STORY)
+    assert output.stats.num_new_tokens == len(output.token_ids) == 40
+
+
 def test_cancelling_in_the_middle(llama: Transformer, right: Draft) -> None:
     engine = Engine(llama, 2, draft=right, speculate_k=4)
     params = replace(GREEDY, max_new_tokens=30)
@@ -373,26 +444,32 @@ def test_cancelling_in_the_middle(llama: Transformer, right: Draft) -> None:
     assert again.token_ids == expected.token_ids
 
 
-@pytest.mark.parametrize("draft", ["right", "layers", "ngram"])
-def test_rotation_that_depends_on_the_length(tmp_path: Path, draft: str) -> None:
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("kind", ["right", "wrong", "layers", "ngram"])
+def test_rotation_that_depends_on_the_length(
+    tmp_path: Path, pair: tuple[Transformer, Draft], kind: str, lag: int
+) -> None:
     """Where the rotation of a text changes, nothing is verified together; so it is plain decoding
-    on the other side.
+    on the other side. (A row under way may have come less far than it could.)
     """
-    dynamic = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 40}
-    for name, scaling in (("longrope", LONGROPE), ("dynamic", dynamic)):
-        model = lively_llama(tmp_path / name, context=1200, rope_scaling=scaling)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    for name, context, scaling in (("longrope", 1200, LONGROPE), ("dynamic", 40, dynamic)):
+        model = lively_llama(tmp_path / name, context=context, rope_scaling=scaling)
+        assert model.config.max_reusable_length == 40 and model.config.max_seq_len >= 80
         drafts = {
             "right": Draft("right", model),
+            "wrong": pair[1],
             "layers": Draft("all", model, shares_cache=True),
             "ngram": Draft("ngram", None),
         }
         work = [
             (random_prompt(length), replace(GREEDY, max_new_tokens=16))
-            for length in (20, 26, 30, 33, 38, 39, 40, 41, 60)
+            for length in (20, 26, 30, 33, 36, 38, 39, 40, 41, 60)
         ]
         for rows in (1, 3):
             expected = [result.token_ids for result in run(Engine(model, rows), *work)]
-            engine = Engine(model, rows, draft=drafts[draft], speculate_k=4)
+            engine = Engine(model, rows, draft=drafts[kind], speculate_k=4)
+            engine._lag = lag
             assert [result.token_ids for result in run(engine, *work)] == expected
 
 
@@ -476,6 +553,8 @@ class Adversary:
         self.runner, self.choose = runner, choose
 
     def start_row(self, row: int, prompt_ids: list[int]) -> None: ...
+    def prefill(self, row: int, prompt_ids: list[int], num_read: int) -> None: ...
+    def forget(self, row: int) -> None: ...
     def wants_texts(self, rows: Iterable[int]) -> bool:
         return False
 
@@ -734,6 +813,11 @@ def test_models_without_a_tokenizer_need_one_vocabulary(tmp_path: Path) -> None:
         ({"speculate_k": 4}, "there is no draft; give one"),
         ({"draft_quant": "int8"}, "there is no draft"),
         ({"draft": "no/such/model"}, "no model at"),
+        ({"draft": "int5"}, "draft 'int5' is unknown; it may be ngram, layers:N"),
+        ({"draft": "Ngram"}, "draft 'Ngram' is unknown"),
+        ({"draft": "layers"}, "draft 'layers' is unknown"),
+        ({"draft": ""}, "draft '' is unknown"),
+        ({"draft": "layers:2", "draft_quant": "none"}, "has no weights of its own"),
     ],
 )
 def test_what_cannot_draft_is_said(facts: dict[str, Any], words: str) -> None:
@@ -760,4 +844,7 @@ def test_draft_weights_are_rounded_on_request() -> None:
     llm = LLM("storyteller", draft="storyteller-draft", draft_quant="int8", speculate_k=3)
     assert llm.draft is not None and llm.draft.model is not None
     assert {form.name for form in llm.draft.model.formats.values()} == {"int8"}
+    plain = LLM("storyteller", draft="storyteller-draft", draft_quant="none")
+    assert plain.draft is not None and plain.draft.model is not None
+    assert not plain.draft.model.formats
     assert ids_of(llm, PROMPTS[:1], STORY) == ids_of(LLM("storyteller"), PROMPTS[:1], STORY)

@@ -67,9 +67,12 @@ def _speculation_lines(numbers: dict[str, Any] | None) -> list[str]:
         lines = [
             f"Draft {numbers['draft']}: {numbers['accepted']} of {numbers['drafted']} tokens "
             f"accepted ({numbers['acceptance']:.0%}; by place {places}), "
-            f"{numbers['mean_accepted_length']:.2f} tokens a round",
-            f"Draft and verification cost {numbers['draft_cost']:.2f} + "
-            f"{numbers['verify_cost']:.2f} plain steps a round: {numbers['speedup']:.2f} x plain "
-            f"decoding",
+            f"{numbers['mean_accepted_length']:.2f} tokens a round"
         ]
+        if numbers["speedup"]:
+            lines.append(
+                f"Draft and verification cost {numbers['draft_cost']:.2f} + "
+                f"{numbers['verify_cost']:.2f} plain steps a round: {numbers['speedup']:.2f} x "
+                "plain decoding"
+            )
     return lines + ([numbers["note"]] if numbers["note"] else [])

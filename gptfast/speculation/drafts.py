@@ -65,6 +65,12 @@ class Drafter(Protocol):
     def start_row(self, row: int, prompt_ids: Sequence[int]) -> None:
         """A row begins a new text."""
 
+    def prefill(self, row: int, prompt_ids: Sequence[int], num_read: int) -> None:
+        """The target has read so many tokens of a row's prompt: the draft may do so now."""
+
+    def forget(self, row: int) -> None:
+        """Drops what an idle row remembers."""
+
     def wants_texts(self, rows: Iterable[int]) -> bool:
         """Whether a round for these rows needs to know every token of them, and not only those that
         the host has read so far.
@@ -77,7 +83,7 @@ class Drafter(Protocol):
         """
 
     def read(self, texts: dict[int, Text]) -> None:
-        """Reads what has not been read of the texts, before a round that drafts."""
+        """Reads what has not been read of the texts, before a round that drafts: after a rest."""
 
     def rest(self) -> None:
         """The round to come drafts nothing."""
@@ -109,6 +115,12 @@ class NgramDrafter:
         self._index[row].clear()
         self._index[row].extend(prompt_ids)
         self._num_known[row] = 0
+
+    def prefill(self, row: int, prompt_ids: Sequence[int], num_read: int) -> None:
+        pass
+
+    def forget(self, row: int) -> None:
+        self._index[row].clear()
 
     def wants_texts(self, rows: Iterable[int]) -> bool:
         return True
@@ -175,6 +187,13 @@ class ModelDrafter:
         del self._ids[row][common_prefix(self._ids[row], prompt_ids) :]
         self._follows[row] = False
 
+    def prefill(self, row: int, prompt_ids: Sequence[int], num_read: int) -> None:
+        if not self._shares_cache:  # the prompt's last token is read by the first round
+            self._read(row, prompt_ids[len(self._ids[row]) : min(num_read, len(prompt_ids) - 1)])
+
+    def forget(self, row: int) -> None:
+        self._ids[row] = []
+
     def wants_texts(self, rows: Iterable[int]) -> bool:
         return not self._shares_cache and not all(self._follows[row] for row in rows)
 
@@ -184,19 +203,25 @@ class ModelDrafter:
     def read(self, texts: dict[int, Text]) -> None:
         if self._shares_cache:
             return
-        num_slots = self.model.cache.max_seq_len
         for row, (prompt_ids, new_ids) in texts.items():
-            held, num_prompt = self._ids[row], len(prompt_ids)
-            end = min(num_prompt + len(new_ids) - 2, num_slots)
-            first_new = max(0, len(held) - num_prompt)
-            missing = [*prompt_ids[len(held) : end], *new_ids[first_new : max(0, end - num_prompt)]]
-            if not self._follows[row]:
-                self.model.cache.lengths[row] = len(held) + len(missing)
-                known = [min(token, self._last_id) for token in missing]
-                for start in range(0, len(known), LARGEST_PIECE):
-                    self.model.prefill(known[start : start + LARGEST_PIECE], len(held) + start, row)
-            held += missing
+            num_held, num_prompt = len(self._ids[row]), len(prompt_ids)
+            end = num_prompt + len(new_ids) - 2
+            first_new = max(0, num_held - num_prompt)
+            missing = [*prompt_ids[num_held:end], *new_ids[first_new : max(0, end - num_prompt)]]
+            if self._follows[row]:
+                self._ids[row] += missing
+            else:
+                self._read(row, missing)
             self._follows[row] = True
+
+    def _read(self, row: int, ids: Sequence[int]) -> None:
+        """Reads the next tokens of a row's text, as far as its context goes, in pieces."""
+        cache, held = self.model.cache, self._ids[row]
+        known = [min(token, self._last_id) for token in ids[: cache.max_seq_len - len(held)]]
+        cache.lengths[row] = len(held) + len(known)
+        for start in range(0, len(known), LARGEST_PIECE):
+            self.model.prefill(known[start : start + LARGEST_PIECE], len(held) + start, row)
+        held += ids[: len(known)]
 
     def rest(self) -> None:
         self._follows = [False] * len(self._follows)

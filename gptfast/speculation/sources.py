@@ -1,6 +1,7 @@
 """From what a user calls a draft to a Draft: ngram, layers:N, a format, or a model by its name."""
 
 import copy
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ from gptfast.checkpoint import Checkpoint, Progress, inspect
 from gptfast.hub import find_model
 from gptfast.loading import check_plan, load
 from gptfast.model import Transformer
-from gptfast.quantization import QuantPlan, quant_plan
+from gptfast.quantization import PLAIN, QuantPlan, quant_plan
 from gptfast.speculation.drafts import Draft
 from gptfast.tokenizer import Tokenizer, load_tokenizer
 from quantize.formats import Format
 
 NGRAM = "ngram"
+# What is meant for one of ours and is none: a hub id of such a name has an owner.
+UNKNOWN = r"|none|(ngram|layers?|int\d|fp\d|mxfp\d)[^/]*"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class DraftSource:
     kind: Literal["ngram", "layers", "format", "model"]
     num_layers: int = 0
     checkpoint: Checkpoint | None = None
-    plan: QuantPlan | None = None
+    plan: QuantPlan | str | None = None
 
     def load(
         self, target: Transformer, dtype: str | torch.dtype = "auto", progress: Progress = iter
@@ -59,13 +62,18 @@ def find_draft(
     is for a model's weights. ValueError where there is none such, or it cannot draft for this
     target.
     """
-    if isinstance(draft_quant, str):
-        draft_quant = quant_plan(draft_quant)
     found = _find_own(str(name), source, quant)
     if found is not None:
         if draft_quant is not None:
             raise ValueError(f"draft {name!r} has no weights of its own to round to another format")
         return found
+    if re.fullmatch(UNKNOWN, str(name), re.IGNORECASE) and not os.path.isdir(name):
+        raise ValueError(
+            f"draft {str(name)!r} is unknown; it may be {NGRAM}, layers:N, a format such as int4, "
+            "or a model: a folder, a hub id or a bundled name"
+        )
+    if isinstance(draft_quant, str) and draft_quant != PLAIN:
+        draft_quant = quant_plan(draft_quant)
     folder = find_model(name)
     checkpoint = inspect(folder)
     check_plan(checkpoint, draft_quant)

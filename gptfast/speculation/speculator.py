@@ -73,6 +73,15 @@ class Speculator:
     def start_row(self, row: int, prompt_ids: list[int]) -> None:
         self._drafter.start_row(row, prompt_ids)
 
+    def prefill(self, row: int, prompt_ids: list[int], num_read: int) -> None:
+        """The target has read so many tokens of a row's prompt. A draft that rests reads later."""
+        if self._fixed_k is not None or not self._controller.is_off:
+            self._drafter.prefill(row, prompt_ids, num_read)
+
+    def forget(self, row: int) -> None:
+        """Drops what an idle row remembers."""
+        self._drafter.forget(row)
+
     @property
     def stats(self) -> SpeculationStats:
         """Since they were reset, and what is to be said of it now."""
@@ -87,9 +96,8 @@ class Speculator:
 
     def wants_texts(self, rows: Iterable[int]) -> bool:
         """Whether the host should know all tokens of these rows before their next round."""
-        if self._waits or self._drafter.is_lookup:
-            return True
-        return self._fixed_k is not None and self._drafter.wants_texts(rows)
+        is_certain = self._fixed_k is not None or self._drafter.is_lookup
+        return self._waits or (is_certain and self._drafter.wants_texts(rows))
 
     def begin(self, texts: dict[int, Text], num_used: int, room: int, complete: bool) -> Round:
         """One round for the rows of `texts`, of which none holds more than `num_used` tokens and
@@ -170,7 +178,6 @@ class Speculator:
         """
         if self._is_calibrated:
             return
-        self._is_calibrated = True
         self._runner.warm_up([SamplingParams(temperature=0)])
         self._warm_up("greedy")
         tried = (0, *self._lengths(every=False))
@@ -187,6 +194,7 @@ class Speculator:
         verified = {k: median(verify for _, verify in pairs[1:]) for k, pairs in times.items()}
         plain_s = self._stats.plain_step_s = verified.pop(0)
         self._controller.calibrated(plain_s, drafted[self._most] / self._most, verified)
+        self._is_calibrated = True
 
     def _lengths(self, every: bool) -> Sequence[int]:
         """The k of rounds to come: `every` one, each with kernels of its own, or the extremes."""

@@ -27,8 +27,7 @@ class Verifier:
     ) -> tuple[Tensor, Tensor]:
         """drafted [B, k], -1 for none, and the distributions [B, k, V] that they were drawn from,
         or None -> packed [B, 1 + k + 1]: the number of new tokens of each row, 0 where it is idle,
-        then these; and logits [B, k + 1, V]. Rows advance by their new tokens, and are idle once
-        they have come to their limit.
+        then these; and logits [B, k + 1, V]. Rows advance by their new tokens, up to their limit.
         """
         runner, spare = self._runner, self._runner.cache.max_seq_len
         last = runner.positions  # [B, 1]
@@ -39,9 +38,10 @@ class Verifier:
         runner.cache.lengths.add_(active[:, 0])
         logits, best = runner.main(tokens, places)
         new, num_accepted = self._chosen(drafted, distributions, logits, best, plan)
-        count = torch.minimum(num_accepted.unsqueeze(1) + 1, runner.limits - (last + 1))
-        count = torch.where(active, count, 0).clamp(min=0)  # [B, 1]
-        self._keep(new, count, active, plan)
+        # A plain step that was under way may have gone beyond the limit.
+        room = (runner.limits - (last + 1)).clamp(min=0)
+        count = torch.where(active, torch.minimum(num_accepted.unsqueeze(1) + 1, room), 0)  # [B, 1]
+        self._keep(new, count, plan)
         return torch.cat((count, new), dim=1), logits
 
     def _chosen(
@@ -83,18 +83,18 @@ class Verifier:
         stacked [B, k + 1, ...]; the drafted tokens before a place stand in the output meanwhile.
         """
         state, last = self._runner.sampling, self._runner.positions[:, 0]
-        tokens, there = drafted.clamp(min=0), (drafted >= 0).to(torch.int32)
+        tokens, once = drafted.clamp(min=0), torch.ones_like(last)  # behind a -1 nothing matters
         chosen = []
         for step in range(logits.size(1)):
             if plan == "full" and step > 0:
-                state.count(tokens[:, step - 1], there[:, step - 1])
+                state.count(tokens[:, step - 1], once)
             chosen.append(choose(logits[:, step], last + (1 + step)))
         if plan == "full":
             for step in range(drafted.size(1)):
-                state.count(tokens[:, step], -there[:, step])
+                state.count(tokens[:, step], -once)
         return torch.stack(chosen, dim=1)
 
-    def _keep(self, new: Tensor, count: Tensor, active: Tensor, plan: Plan) -> None:
+    def _keep(self, new: Tensor, count: Tensor, plan: Plan) -> None:
         """The first count [B, 1] of the new tokens [B, k + 1] become part of their rows."""
         runner = self._runner
         if plan == "full":
@@ -106,6 +106,4 @@ class Verifier:
         runner.tokens.copy_(row.gather(1, count + 1))
         # The newest token is counted by the step that reads it.
         runner.cache.lengths.add_((count - 1).clamp(min=0)[:, 0])
-        reached = runner.positions + count
-        ended = active & (reached + 1 >= runner.limits)
-        runner.positions.copy_(torch.where(ended, runner.cache.max_seq_len, reached))
+        runner.positions.add_(count)
