@@ -11,15 +11,24 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 WARM_TOKENS = 8  # decoded unmeasured, so that what happens only once is over
 SLOW = 0.6  # of the fastest's speed: who has less after two turns of a stage rests
+# Of a turn's time: whose threads together wait longer than that for processors has a neighbour. An
+# engine whose threads meet at barriers then loses nearly everything: llama.cpp fell from 60 tokens
+# a second to 1 beside one busy core.
+DISTURBED = 0.05
+PAUSE_SECONDS = 2.0  # before a disturbed turn is taken again, times the tries before
+SEEDS = 10_000  # more than all rounds use: from a turn's prompt to that of its next try
 SHORT = "short"  # the stage of rounds with short prompts; the others are named by their context
+
+Figures = dict[str, float]  # of a turn
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class Racer:
     failure: str | None = None
     peak_memory_bytes: int = 0
     token_ids: list[int] = field(default_factory=list)
-    stages: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    stages: dict[str, list[Figures]] = field(default_factory=dict)
 
     @staticmethod
     def start(entry: Entry, work: Work, threads: int, num_starts: int, log: Path) -> "Racer":
@@ -110,6 +119,16 @@ class Racer:
             self.process.stdin.flush()
         return _answer(self.process, self.log)
 
+    def waited(self) -> float:
+        """Seconds that its threads have been ready to run, and did not, since it began (the second
+        number of schedstat, see proc(5); 0 where there is none).
+        """
+        nanoseconds = 0
+        for file in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"):
+            with suppress(OSError):  # a thread that has just ended
+                nanoseconds += int(file.read_text().split()[1])
+        return nanoseconds / 1e9
+
     def note_memory(self) -> None:
         """Its peak of resident memory so far, mapped files included (VmHWM in proc(5))."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -136,16 +155,30 @@ class Racer:
         }
 
 
-def race(racers: Sequence[Racer], work: Work, num_rounds: int, probe: Callable[[], float]) -> None:
-    """All stages. `probe` tells the bytes per second that memory gives."""
+Turn = Callable[[Racer, int, int], Figures]  # number of the round, tries before
+
+
+def race(
+    racers: Sequence[Racer],
+    work: Work,
+    num_rounds: int,
+    probe: Callable[[], float],
+    num_tries: int = 1,
+) -> None:
+    """All stages. `probe` tells the bytes per second that memory gives. A turn that something else
+    on the machine disturbed is taken up to `num_tries` times, and the least disturbed counts.
+    """
 
     def warm_up(racer: Racer) -> None:
-        _short_turn(racer, work, 0, WARM_TOKENS)
+        _short_turn(racer, work, 0, WARM_TOKENS, 0)
 
-    def turn(racer: Racer, number: int) -> dict[str, float]:
-        return _short_turn(racer, work, number, work.new_tokens)
+    def turn(racer: Racer, number: int, attempt: int) -> Figures:
+        return _short_turn(racer, work, number, work.new_tokens, attempt)
 
-    _hold_rounds(SHORT, racers, num_rounds, probe, warm_up, turn)
+    def rounds(stage: str, prepare: Callable[[Racer], None], turn: Turn) -> None:
+        _hold_rounds(stage, racers, num_rounds, probe, num_tries, prepare, turn)
+
+    rounds(SHORT, warm_up, turn)
     for racer in racers:
         _attempt(racer, Racer.note_memory)
     new = work.context_tokens
@@ -156,11 +189,11 @@ def race(racers: Sequence[Racer], work: Work, num_rounds: int, probe: Callable[[
             racer.ask("hold", length=context, room=room, seed=0)
             racer.ask("resume", new=new)
 
-        def resume(racer: Racer, number: int) -> dict[str, float]:
+        def resume(racer: Racer, number: int, attempt: int) -> Figures:
             times = racer.ask("resume", new=new)["times"]
             return {"decode_tok_s": _decode_speed(times)}
 
-        _hold_rounds(str(context), racers, num_rounds, probe, hold, resume)
+        rounds(str(context), hold, resume)
 
 
 def _hold_rounds(
@@ -168,8 +201,9 @@ def _hold_rounds(
     racers: Sequence[Racer],
     num_rounds: int,
     probe: Callable[[], float],
+    num_tries: int,
     prepare: Callable[[Racer], None],
-    turn: Callable[[Racer, int], dict[str, float]],
+    turn: Turn,
 ) -> None:
     """Rounds A B A B ..., with a probe before and after each turn. Peers that are far behind leave
     after two: they are close to nothing, and would take most of the time.
@@ -179,18 +213,40 @@ def _hold_rounds(
     before = probe()
     for number in range(1, num_rounds + 1):
         for racer in racers:
-            if _is_slow(racer, racers, stage):
-                continue
-            figures: dict[str, float] = {}
-            _attempt(racer, lambda one: figures.update(turn(one, number)))  # noqa: B023 (called now)
-            after = probe()
-            if figures:
-                bandwidth = (before + after) / 2
-                figures["read_bandwidth_gb_s"] = bandwidth / 1e9
-                read = racer.step_bytes * figures["decode_tok_s"]
-                figures["bandwidth_fraction"] = read / bandwidth
-                racer.stages.setdefault(stage, []).append(figures)
-            before = after
+            if racer.failure is None and not _is_slow(racer, racers, stage):
+                before = _take(racer, stage, partial(turn, racer, number), before, probe, num_tries)
+
+
+def _take(
+    racer: Racer,
+    stage: str,
+    turn: Callable[[int], Figures],
+    before: float,
+    probe: Callable[[], float],
+    num_tries: int,
+) -> float:
+    """Notes one turn, of up to `num_tries` the least disturbed. From the probe before it to the one
+    behind it.
+    """
+    tries: list[Figures] = []
+    while not tries or (tries[-1]["waited"] > DISTURBED and len(tries) < num_tries):
+        if tries:
+            sleep(PAUSE_SECONDS * len(tries))
+            before = probe()
+        begun, waited = monotonic(), racer.waited()
+        try:
+            figures = turn(len(tries))
+        except RuntimeError as error:
+            racer.failure = str(error)
+            return before
+        waited = (racer.waited() - waited) / (monotonic() - begun)
+        after = probe()
+        bandwidth, read = (before + after) / 2, racer.step_bytes * figures["decode_tok_s"]
+        probed = {"read_bandwidth_gb_s": bandwidth / 1e9, "bandwidth_fraction": read / bandwidth}
+        tries.append({**figures, **probed, "waited": waited})
+        before = after
+    racer.stages.setdefault(stage, []).append(min(tries, key=lambda each: each["waited"]))
+    return before
 
 
 def _is_slow(racer: Racer, racers: Sequence[Racer], stage: str) -> bool:
@@ -204,9 +260,10 @@ def _is_slow(racer: Racer, racers: Sequence[Racer], stage: str) -> bool:
     return has_had_two and not is_own and best(racer) < SLOW * max(map(best, racers))
 
 
-def _short_turn(racer: Racer, work: Work, number: int, new_tokens: int) -> dict[str, float]:
+def _short_turn(racer: Racer, work: Work, number: int, new_tokens: int, attempt: int) -> Figures:
     """Prompts differ from round to round, and are the same for all: engines remember beginnings."""
-    prefill = racer.ask("run", length=work.prefill_tokens, new=1, seed=2 * number)
+    seed = 2 * number + SEEDS * attempt
+    prefill = racer.ask("run", length=work.prefill_tokens, new=1, seed=seed)
     decode = racer.ask("run", length=work.prompt_tokens, new=new_tokens, seed=2 * number + 1)
     if number == 1:
         racer.token_ids = decode["tokens"]
@@ -221,7 +278,7 @@ def _decode_speed(times: Sequence[float]) -> float:
     return (len(times) - 1) / (times[-1] - times[0])
 
 
-def _speed(rounds: Sequence[dict[str, float]]) -> float:
+def _speed(rounds: Sequence[Figures]) -> float:
     return median(each["decode_tok_s"] for each in rounds)
 
 

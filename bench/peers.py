@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, default, text in (
         ("rounds", 3, "default: %(default)s"),
         ("starts", 2, "processes started of each; the last counts; default: %(default)s"),
+        ("tries", 3, "of a turn that other work disturbs; default: %(default)s"),
         ("threads", None, "of every engine; default: as torch has them"),
         ("prompt-tokens", 8, "length of the short prompt; default: %(default)s"),
         ("prefill-tokens", 512, "length of the long prompt; default: %(default)s"),
@@ -154,7 +155,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"peer {peer!r} is unknown; use some of: {', '.join(PEERS)}")
     if not args.precisions:
         raise ValueError("--precisions names none; use some of: " + ", ".join(PRECISIONS))
-    for name in ("rounds", "starts", "prompt_tokens", "prefill_tokens"):
+    for name in ("rounds", "starts", "tries", "prompt_tokens", "prefill_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 1 is the least")
     for name in ("new_tokens", "context_tokens"):
@@ -229,7 +230,7 @@ def _compare(
             except RuntimeError as error:
                 _leave_out(entry, str(error))
         _note(f"{args.rounds} rounds of {len(racers)}")
-        race(racers, work, args.rounds, partial(read_bandwidth, CPU, PROBE_SECONDS))
+        race(racers, work, args.rounds, partial(read_bandwidth, CPU, PROBE_SECONDS), args.tries)
     finally:
         for racer in racers:
             racer.end()
