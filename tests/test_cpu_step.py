@@ -21,7 +21,7 @@ from gptfast.cache import KVCache
 from gptfast.engine import Engine
 from gptfast.families import model_config
 from gptfast.fused import FusedStep, fused_step, why_no_step
-from gptfast.kernels.attention import attention_reference
+from gptfast.kernels.attention import _has_kernel, attention, attention_reference
 from gptfast.kernels.cpu_step import STEP
 from gptfast.kernels.rounding import round_vectors
 from gptfast.model import Transformer
@@ -200,7 +200,7 @@ def test_attention_over_chunks(dims, dtype, stored) -> None:
             round_vectors(x.float(), stored) for x in (keys, values)
         )
         scales = (key_scales, value_scales)
-    found = few(q, keys, values, positions, key_scales=scales[0], value_scales=scales[1])
+    found = attend(q, keys, values, positions, key_scales=scales[0], value_scales=scales[1])
     exact = attention_reference(
         q.float(),
         widened(keys),
@@ -220,16 +220,119 @@ def test_scorings(name: str, window: int | None) -> None:
     q, scoring = torch.randn(2, 2, 4, 64), {**SCORINGS[name], "window": window}
     keys, values = torch.randn(2, 2, 2, 1025, 64)
     positions = torch.tensor([[60, 61], [1000, 1001]])
-    found = few(q, keys, values, positions, **scoring)
+    found = attend(q, keys, values, positions, **scoring)
     exact = attention_reference(q, keys, values, positions, **scoring)
     torch.testing.assert_close(found, exact, rtol=2e-5, atol=2e-5)
 
 
-def few(q, keys, values, positions, **how) -> torch.Tensor:
+# -- attention of many tokens --
+
+
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(64, 64), (8, 8), (80, 80), (33, 17)], ids=str)
+@pytest.mark.parametrize(("num_tokens", "heads"), [(17, (4, 1)), (33, (6, 6)), (511, (4, 2))])
+def test_attention_of_many_tokens(num_tokens, heads, dims, dtype, stored) -> None:
+    """Odd numbers of them: from the first slot on, behind others, and some with padding."""
+    torch.manual_seed(0)
+    q = torch.randn(3, num_tokens, heads[0], dims[0]).to(dtype)
+    keys, values = (torch.randn(3, heads[1], 801, dim).to(dtype) for dim in dims)
+    positions = torch.tensor([[0], [250], [5]]) + torch.arange(num_tokens)
+    positions[2, -7:] = 800
+    scales = (None, None)
+    if stored is not None:
+        (keys, key_scales), (values, value_scales) = (
+            round_vectors(x.float(), stored) for x in (keys, values)
+        )
+        scales = (key_scales, value_scales)
+    how = {"key_scales": scales[0], "value_scales": scales[1]}
+    found = attend(q, keys, values, positions, **how).float()
+    exact = attention_reference(q.float(), widened(keys), widened(values), positions, **how)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 1, 64, 300])
+@pytest.mark.parametrize("name", SCORINGS)
+def test_scorings_of_many_tokens(name: str, window: int | None) -> None:
+    torch.manual_seed(0)
+    q, scoring = torch.randn(2, 35, 4, 16), {**SCORINGS[name], "window": window}
+    keys, values = torch.randn(2, 2, 2, 700, 16)
+    positions = torch.tensor([[0], [610]]) + torch.arange(35)
+    exact = attention_reference(q, keys, values, positions, **scoring)
+    found = attend(q, keys, values, positions, **scoring)
+    torch.testing.assert_close(found, exact, rtol=2e-5, atol=2e-5)
+    keys, values, q = keys.bfloat16(), values.bfloat16(), q.bfloat16()
+    found = attend(q, keys, values, positions, **scoring).float()
+    torch.testing.assert_close(found, exact, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8])
+def test_attention_of_a_prompt_in_any_pieces(stored: torch.dtype, window: int | None) -> None:
+    """The same bits in any number of threads and beside another row, whatever the slots hold that
+    nobody sees.
+    """
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if stored == torch.int8 else stored
+    q = torch.randn(1, 600, 4, 24).to(dtype)
+    cache = list(torch.randn(2, 1, 2, 701, 24).to(dtype))
+    if stored == torch.int8:
+        rounded = [round_vectors(x, stored) for x in cache]
+        cache = [x for x, _ in rounded] + [scales for _, scales in rounded]
+    whole, before = torch.arange(600).unsqueeze(0), torch.get_num_threads()
+
+    def attended(slots: list[torch.Tensor], part: slice, rows: int) -> torch.Tensor:
+        named = dict(zip(("keys", "values", "key_scales", "value_scales"), slots, strict=False))
+        places = whole[:, : part.stop - part.start].repeat(rows, 1)
+        places[0] = whole[0, part]
+        return attend(q[:, part].repeat(rows, 1, 1, 1), positions=places, window=window, **named)
+
+    expected = attended(cache, slice(0, 600), 1)
+    try:
+        for threads, sizes in ((1, (17, 300, 283)), (2, (512, 88)), (5, (582, 18))):
+            torch.set_num_threads(threads)
+            start, found = 0, []
+            for size in sizes:
+                unseen = [x.clone() for x in cache]
+                for x in (x for x in unseen if x.is_floating_point()):
+                    x[:, :, start + size :] = torch.nan
+                    x[:, :, : max(0, start - 99) if window else 0] = torch.nan
+                rows = [torch.cat(pair) for pair in zip(unseen, cache, strict=True)]
+                found.append(attended(rows, slice(start, start + size), 2)[:1])
+                start += size
+            assert torch.equal(torch.cat(found, dim=1), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_attention_of_many_tokens_shows_nan() -> None:
+    q, keys, values = torch.randn(1, 20, 2, 8), torch.randn(1, 1, 33, 8), torch.randn(1, 1, 33, 8)
+    positions = torch.arange(20).unsqueeze(0)
+    keys[0, 0, 3, 0] = torch.nan
+    found = attend(q, keys, values, positions)
+    assert found[:, 3:].isnan().all() and found[:, :3].isfinite().all()
+    assert attend(q * torch.nan, keys, values, positions).isnan().all()
+
+
+def test_prompts_go_through_it() -> None:
+    """Where the processor is wide enough; numbers that it does not know stay with PyTorch."""
+    q, keys, values = torch.randn(1, 20, 2, 8), torch.randn(1, 1, 33, 8), torch.randn(1, 1, 33, 8)
+    positions = torch.arange(20).unsqueeze(0)
+    kernel = torch.ops.gptfast.has_prompt_attention()
+    assert _has_kernel(q, keys, values, None, None) == kernel
+    assert _has_kernel(q[:, :16], keys, values, None, None)
+    assert not _has_kernel(q.half(), keys.half(), values.half(), None, None)
+    if kernel:
+        found = attention(q, keys, values, positions)
+        assert torch.equal(found, attend(q, keys, values, positions))
+
+
+def attend(q, keys, values, positions, **how) -> torch.Tensor:
     names = "scale window softcap sinks slopes key_scales value_scales".split()
     how["scale"] = how.get("scale") or q.size(-1) ** -0.5
     options = [how.get(name) for name in names]
-    return torch.ops.gptfast.few_tokens_attention(q, keys, values, positions, *options)
+    return torch.ops.gptfast.slots_attention(q, keys, values, positions, *options)
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
@@ -271,6 +374,15 @@ def test_steps_are_refused_what_they_are_not_for() -> None:
         step(torch.zeros(1, 17, dtype=torch.int64), torch.arange(17).unsqueeze(0))
     with pytest.raises(ValueError, match="position 41 is none of 0 to 40"):
         step(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[41]]))
+    inputs = torch.zeros(1, 1, model.config.dim), torch.tensor([[0]])
+    [(cos, sin)] = step.turns or []
+    for turns, why in (
+        ([], "by turns 0 of 0"),
+        ([(cos, sin[:, :40])], "of 41 places by"),
+        ([(cos, sin.double())], "contiguous float32"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            step.step(*inputs, turns, True)
     with pytest.raises(ValueError, match="has no kernel"):
         parts = replace_activation(step)
         step.step.add_block(parts, 0, *step.cache.layers[0].tensors, None, None)
@@ -293,7 +405,7 @@ def test_what_does_not_fit_is_refused() -> None:
         FusedStep(model, KVCache.allocate(model.config, 2, 40, torch.bfloat16))
     keys = torch.zeros(2, 1, 9, 8)
     with pytest.raises(ValueError, match="do not fit the slots"):
-        few(torch.zeros(3, 1, 2, 8), keys, keys, torch.zeros(3, 1, dtype=torch.int64))
+        attend(torch.zeros(3, 1, 2, 8), keys, keys, torch.zeros(3, 1, dtype=torch.int64))
 
 
 @torch.no_grad()
@@ -303,8 +415,8 @@ def test_nan_stays_visible() -> None:
     for softcap in (None, 5.0):
         broken = keys.clone()
         broken[0, 0, 3, 0] = torch.nan
-        assert few(q, broken, values, positions, softcap=softcap).isnan().all()
-        assert few(q * torch.nan, keys, values, positions, softcap=softcap).isnan().all()
+        assert attend(q, broken, values, positions, softcap=softcap).isnan().all()
+        assert attend(q * torch.nan, keys, values, positions, softcap=softcap).isnan().all()
     model = model_of("llama-gqa")
     model.norm.weight[3] = torch.nan
     step = FusedStep(model, KVCache.allocate(model.config, 1, 40, model.dtype))

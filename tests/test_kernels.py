@@ -14,11 +14,14 @@ from gptfast.kernels.attention import (
     attention_on_any_device,
     attention_reference,
 )
+from quantize.formats import Format, quantized_weight
 from quantize.grouped import (
     grouped_linear,
     grouped_linear_on_cuda,
     grouped_linear_reference,
 )
+from quantize.kernels.build import LINEAR
+from quantize.kernels.cpu import PackedQuantizedGroupedLinear
 from quantize.mxfp4 import VALUES, dequantize_mxfp4
 
 # -- attention --
@@ -333,6 +336,20 @@ def test_mxfp4_by_hand() -> None:
     assert weight[0, 2:62].abs().sum() == 0
 
 
+def test_ends_of_other_groups_than_a_weight_has_are_refused() -> None:
+    """Before anything beyond the packed weights is read."""
+    if LINEAR.load() is None:
+        pytest.skip(f"needs the built kernels: {LINEAR.why_not()}")
+    form = Format.parse("int8")
+    integers = torch.randint(-127, 128, (3, 6, 8), dtype=torch.int8)
+    stored = quantized_weight(form, integers, torch.ones(3, 6, 1), None)
+    linear = PackedQuantizedGroupedLinear(stored)
+    assert linear(torch.randn(4, 8), torch.tensor([1, 2, 4])).shape == (4, 6)
+    for ends in ([1, 4], [1, 2, 3, 4]):
+        with pytest.raises(ValueError, match="ends of groups"):
+            linear(torch.randn(4, 8), torch.tensor(ends))
+
+
 def test_mxfp4_is_what_transformers_makes_of_it() -> None:
     module = pytest.importorskip(
         "transformers.integrations.mxfp4", reason="transformers is the oracle here"
@@ -345,7 +362,11 @@ def test_mxfp4_is_what_transformers_makes_of_it() -> None:
     assert len(VALUES) == 8
 
 
-# -- attention of long pieces on a CPU --
+# -- attention of long pieces on a CPU without a kernel for them --
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "_has_kernel", lambda *inputs: False)
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -356,6 +377,7 @@ def test_long_pieces_are_read_in_parts(
     """Parts of four, the last of them shorter: one row after 11 cached tokens, one with padding,
     one anyhow.
     """
+    without_kernels(monkeypatch)
     monkeypatch.setattr(attention_module, "TOKENS_TOGETHER", 4)
     q, keys, values, positions = random_attention(3, 18, (4, 2), 40, seed=1)
     positions[0] = torch.arange(11, 29)
@@ -374,6 +396,7 @@ def test_long_pieces_are_read_in_parts(
 
 def test_a_part_reads_only_what_its_tokens_see(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies behind a part's last token is not even masked out: no number there matters."""
+    without_kernels(monkeypatch)
     monkeypatch.setattr(attention_module, "TOKENS_TOGETHER", 8)
     q, keys, values, _ = random_attention(1, 18, (4, 2), 40, seed=2)
     values[:, :, 8:] = torch.nan

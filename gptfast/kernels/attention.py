@@ -22,9 +22,10 @@ MAX_SCORES = 1 << 24
 # weights; beyond, the slots are restored for the fused attention. In bfloat16 with 4000 slots of 8
 # heads of 128 (one thread) that is 1.6 and 6.5 ms for 1 token, 8 and 18 for 16, 59 and 53 for 64.
 MAX_TOKENS_UNRESTORED = 16
-# On a CPU so many tokens read the same slots: fewer leave out more of what none of them sees, more
-# multiply faster. In bfloat16, 32 heads of 64 (4 of keys), two threads, ms for 512 tokens from slot
-# 0 on: together 15.1, in parts of 256 10.2, 128 8.6, 64 10.9; from 2048: 71.6, 62.6, 61.0, 70.6.
+# On a CPU without a kernel so many tokens read the same slots: fewer leave out more of what
+# none of them sees, more multiply faster. In bfloat16, 32 heads of 64 (4 of keys), two threads, ms
+# for 512 tokens from slot 0 on: together 15.1, in parts of 256 10.2, 128 8.6, 64 10.9; from 2048:
+# 71.6, 62.6, 61.0, 70.6.
 TOKENS_TOGETHER = 128
 
 # Not `custom_op`: that costs 14 us a call beside 2.5, and the first one imports the compiler (1 s).
@@ -211,13 +212,13 @@ def attention_on_cpu(
     slopes: Tensor | None = None,
     *scales: Tensor | None,
 ) -> Tensor:
-    """On a CPU the positions themselves say which slots are used. Few tokens have a kernel of their
-    own, the one of the fused step.
+    """On a CPU the positions themselves say which slots are used. There it has kernels of its own:
+    that of the fused step for few tokens, another for many.
     """
     if _has_kernel(q, keys, values, *scales):
         factor = q.size(-1) ** -0.5 if scale is None else scale
         options = (factor, window, softcap, sinks, slopes, *(scales or (None, None)))
-        return torch.ops.gptfast.few_tokens_attention(q, keys, values, positions, *options)
+        return torch.ops.gptfast.slots_attention(q, keys, values, positions, *options)
     num_slots, how = keys.size(2) - 1, _Scoring(scale, window, softcap, sinks, slopes)
     host, cache = positions.tolist(), _Slots(keys, values, *scales)
     slots = _used(host, num_slots, window)
@@ -235,17 +236,19 @@ def attention_on_cpu(
 
 
 def _has_kernel(q: Tensor, keys: Tensor, values: Tensor, *scales: Tensor | None) -> bool:
-    """Whether there is one for so many tokens and such slots: all but latents of eight bits, which
-    have two scales a slot.
+    """Whether there is one for so many tokens (for many only with AVX-512: on others PyTorch's own
+    is faster) and such slots: all but latents of eight bits, which have two scales a slot.
     """
-    if not 0 < q.size(1) <= MAX_TOKENS or q.dtype not in (torch.bfloat16, torch.float32):
+    if q.size(1) == 0 or q.dtype not in (torch.bfloat16, torch.float32):
         return False
     if not (keys.stride(-1) == values.stride(-1) == 1 and keys.size(2) > 1):
         return False
     own = [each for each in scales if each is not None]
     is_plain = keys.dtype == values.dtype == q.dtype and not own
     is_scaled = len(own) == 2 and all(s.size(-1) == 1 and s.is_contiguous() for s in own)
-    return (is_plain or is_scaled) and STEP.load() is not None
+    if not (is_plain or is_scaled) or STEP.load() is None:
+        return False
+    return q.size(1) <= MAX_TOKENS or torch.ops.gptfast.has_prompt_attention()
 
 
 def _used(positions: list[list[int]], num_slots: int, window: int | None) -> slice:

@@ -1,5 +1,6 @@
 """A whole decode step on a CPU, all blocks and the head in one call and one parallel region: the
-C++ of step.cpp, blocks.cpp and attend.cpp.
+C++ of step.cpp, blocks.cpp and attend.cpp. The library has the attention of many tokens too
+(prompt.cpp), for kernels/attention.py.
 
 Its meaning is `Transformer.hidden` and the head of it: for the same tokens it writes the same keys
 and values and returns the same logits, but for the order in which sums are added up. Between 1 and
@@ -18,9 +19,8 @@ from quantize.kernels.build import LINEAR, Library
 from quantize.kernels.cpu import PackedQuantizedLinear
 from quantize.packed import PackedLinear, packed_weight
 
-STEP = Library(
-    "decode_step", Path(__file__).parent, ("step.cpp", "blocks.cpp", "attend.cpp"), needs=LINEAR
-)
+SOURCES = ("step.cpp", "blocks.cpp", "attend.cpp", "prompt.cpp")
+STEP = Library("decode_step", Path(__file__).parent, SOURCES, needs=LINEAR)
 MAX_TOKENS = 16
 LARGEST_ROTATION = 1024
 LINEARS = ("qkv", "out", "up", "down")

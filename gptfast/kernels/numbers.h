@@ -100,19 +100,31 @@ inline uint8_t float8_bits(float value) {
   return sign | static_cast<uint8_t>((bits >> 20) - (120 << 3));
 }
 
-// e^x by its Taylor polynomial around the nearest multiple of ln 2; exactly 0 for -infinity.
-inline Floats exponential(Floats x) {
-  const Floats limited = larger(x < splat(88.f) ? x : splat(88.f), splat(-87.f));
-  constexpr float ROUND = 12582912;  // 1.5 * 2^23
-  const Floats n = limited * 1.44269504f + ROUND - ROUND;
-  const Floats r = (limited - n * 0.693359375f) + n * 2.12194440e-4f;
+// e^r of a small r by its Taylor polynomial.
+inline Floats small_exponential(Floats r) {
   Floats p = splat(1.f / 5040) * r + 1.f / 720;
   p = ((p * r + 1.f / 120) * r + 1.f / 24) * r + 1.f / 6;
-  p = ((p * r + 0.5f) * r + 1.f) * r + 1.f;
+  return ((p * r + 0.5f) * r + 1.f) * r + 1.f;
+}
+// e^x around the nearest multiple of ln 2; exactly 0 below -87, as for -infinity. NaN stays.
+inline Floats exponential(Floats x) {
+  const auto rest = [&](Floats n) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; };
+#ifdef __AVX512F__
+  x = (Floats)_mm512_min_ps(_mm512_set1_ps(128), (__m512)x);  // of NaN and a number the second
+  const __m512 n = _mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87), _CMP_NLT_UQ);
+  const auto e = (__m512)small_exponential(rest((Floats)n));
+  return (Floats)_mm512_maskz_scalef_ps(kept, e, n);
+#else
+  const Floats given = x;
+  x = larger(x < splat(88.f) ? x : splat(88.f), splat(-87.f));
+  constexpr float ROUND = 12582912;  // 1.5 * 2^23
+  const Floats n = x * 1.44269504f + ROUND - ROUND;
   const Ints power = __builtin_convertvector(n, Ints) << 23;
-  const Floats e = (Floats)((Ints)p + power);
-  const Floats kept = x == x ? e : x;  // NaN stays
-  return x < splat(-87.f) ? Floats{} : kept;
+  const Floats e = (Floats)((Ints)small_exponential(rest(n)) + power);
+  const Floats kept = given == given ? e : given;
+  return given < splat(-87.f) ? Floats{} : kept;
+#endif
 }
 inline Floats hyperbolic_tangent(Floats x) {
   return 1.f - 2.f / (exponential(2.f * x) + 1.f);

@@ -89,6 +89,14 @@ Tensor attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                           static_cast<float>(softcap.value_or(0)),
                           sinks ? own_sinks.data() : nullptr, slopes ? own_slopes.data() : nullptr};
   const Tensor y = at::empty({q.size(0), q.size(1), q.size(2), values.size(3)}, q.options());
+  if (q.size(1) > packed::MAX_ROWS) {
+    step::attend({queries.const_data_ptr(), y.mutable_data_ptr(), type,
+                  places.const_data_ptr<int64_t>(), q.size(0), q.size(1), q.size(2), slots, how},
+                 at::get_num_threads(), [](int64_t parts, const packed::Body& body) {
+                   at::parallel_for(0, parts, 1, body);
+                 });
+    return y;
+  }
   const int64_t count = q.size(0) * q.size(1), width = q.size(2) * values.size(3);
   step::Attention work;
   work.plan(places.const_data_ptr<int64_t>(), q.size(0), q.size(1), q.size(2), slots, how.window);
@@ -213,14 +221,33 @@ void set_linear(int64_t number, std::string name, std::string kind, const Maybe&
   TORCH_CHECK_VALUE(place->product, "there is no kernel for a ", kind, " weight");
 }
 
-std::tuple<Tensor, Tensor> run_step(int64_t number, const Tensor& x, const Tensor& positions,
-                                    at::TensorList cos, at::TensorList sin, bool by_position) {
-  Step& step = step_of(number);
+// Of so many places: positions or tokens.
+std::vector<step::Turns> turns_of(const Step& step, at::TensorList cos, at::TensorList sin,
+                                  bool by_position, int64_t count) {
   std::vector<step::Turns> turns;
-  for (size_t i = 0; i < cos.size(); ++i) {
+  for (size_t i = 0; i < cos.size() && i < sin.size(); ++i) {
+    for (const Tensor& each : {cos[i], sin[i]}) {
+      TORCH_CHECK_VALUE(each.is_contiguous() && each.scalar_type() == at::kFloat,
+                        "turns must be contiguous float32");
+    }
     turns.push_back(
         {cos[i].const_data_ptr<float>(), sin[i].const_data_ptr<float>(), by_position});
   }
+  for (const step::Block& block : step.blocks) {
+    if (block.rotary_dim == 0) continue;
+    const size_t rope = block.rope;
+    TORCH_CHECK_VALUE(rope < turns.size(), "a block rotates by turns ", rope, " of ", turns.size());
+    const int64_t needed = count * (block.rotary_dim / 2);
+    TORCH_CHECK_VALUE(cos[rope].numel() >= needed && sin[rope].numel() >= needed, "turns of ", count,
+                      " places by ", block.rotary_dim / 2, " are needed; ", cos[rope].sizes(),
+                      " and ", sin[rope].sizes(), " are given");
+  }
+  return turns;
+}
+
+std::tuple<Tensor, Tensor> run_step(int64_t number, const Tensor& x, const Tensor& positions,
+                                    at::TensorList cos, at::TensorList sin, bool by_position) {
+  Step& step = step_of(number);
   const int64_t rows = x.size(0), tokens = x.size(1);
   TORCH_CHECK_VALUE(rows * tokens <= packed::MAX_ROWS && positions.sizes() == x.sizes().slice(0, 2),
                     "a step has at most ", packed::MAX_ROWS, " tokens with a position each");
@@ -234,7 +261,9 @@ std::tuple<Tensor, Tensor> run_step(int64_t number, const Tensor& x, const Tenso
       at::empty({rows, tokens, step.head.product->num_rows}, options.dtype(at::kFloat));
   const Tensor best = at::empty({rows, tokens}, options.dtype(at::kLong));
   const Tensor from = x.contiguous(), places = positions.contiguous();
-  check_positions(places, step.blocks.front().slots.num_slots);
+  const int64_t num_slots = step.blocks.front().slots.num_slots;
+  check_positions(places, num_slots);
+  const auto turns = turns_of(step, cos, sin, by_position, by_position ? num_slots : rows * tokens);
   step.run(from.const_data_ptr(), places.const_data_ptr<int64_t>(), rows, tokens, turns,
            at::get_num_threads(), logits.mutable_data_ptr<float>(),
            best.mutable_data_ptr<int64_t>());
@@ -252,5 +281,6 @@ TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def("run_step", run_step);
   m.def("has_blocked_product",
         [] { return packed::blocked_product(nullptr, 0, 0, nullptr) != nullptr; });
-  m.def("few_tokens_attention", attention);
+  m.def("slots_attention", attention);
+  m.def("has_prompt_attention", step::has_prompt_attention);
 }

@@ -1,5 +1,6 @@
 // A decode step of a stack of blocks on a CPU, in one parallel region. step.cpp knows PyTorch;
-// blocks.cpp knows the order of a block's parts, attend.cpp attention; numbers.h the processor.
+// blocks.cpp knows the order of a block's parts, attend.cpp and slots.h attention; numbers.h the
+// processor. Beside the step, prompt.cpp has the attention of many tokens.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -75,17 +76,38 @@ class Attention {
 
  private:
   struct Row {
-    int64_t first_chunk, num_chunks, first_unit;
+    int64_t begin, end, num_chunks, first_unit;  // the slots that its tokens see
   };
+  struct Part {
+    int64_t row, head, begin, end;  // some slots of a key/value head
+  };
+  template <bool PAIRS>
+  void run(const Part& part, const void* q, Number type, const Slots& slots, const Scoring& how,
+           float* to) const;
   float* partial(int64_t unit) { return partials.data() + unit * partial_size; }
   const float* partial(int64_t unit) const { return partials.data() + unit * partial_size; }
 
   std::vector<Row> rows;
   std::vector<int64_t> places;
-  std::vector<float> partials;  // of a unit: maxima, sums, results
+  std::vector<float> partials;  // of a unit: what each query has Seen, results
   int64_t total = 0, tokens = 0, query_heads = 0, heads = 0, group = 0, queries = 0;
-  int64_t value_dim = 0, padded_dim = 0, partial_size = 0, window = 0;
+  int64_t value_dim = 0, padded_dim = 0, partial_size = 0;
 };
+
+// Attention of many tokens: q [B, T, H, key_dim] at `positions` [B, T], as for Attention, to
+// y [B, T, H, value_dim].
+struct Prompt {
+  const void* q;
+  void* y;
+  Number type;
+  const int64_t* positions;
+  int64_t num_rows, num_tokens, num_heads;
+  const Slots& slots;
+  const Scoring& how;
+};
+void attend(const Prompt& prompt, int64_t num_threads, const packed::Parallel& parallel);
+// Whether the processor is wide enough for it to be fast.
+bool has_prompt_attention();
 
 // ---- blocks ----
 

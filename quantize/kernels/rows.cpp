@@ -48,7 +48,7 @@ void multiply_tiles(const Op& op, const Weight& w, const Activations<Op>& x, int
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const uint8_t* at = values[t] + c * STRIPE * CHUNK_BYTES;
-        _mm_prefetch(at + PREFETCH_BYTES, _MM_HINT_T0);
+        _mm_prefetch(at + PREFETCH_BYTES, _MM_HINT_NTA);
         chunks[t] = op.read(at);
       }
 #pragma GCC unroll 8
