@@ -9,18 +9,21 @@
 #
 #   step       at most  what it tells
 #   limits        20 s  bandwidth and matrix rate of the device, to compare with
-#   kernels       95 s  correctness: every kernel of the decode step against its twin, rows with the
+#   kernels       90 s  correctness: every kernel of the decode step against its twin, rows with the
 #                       same bits, graphs that replay without copies
-#   8b            95 s  llama-3.1-8b: decode and prefill in bf16, int4, int8, fp8
-#   1b            55 s  llama-3.2-1b
-#   flat          50 s  linears of 8B for 1, 2, 4, 8 and 16 rows
-#   context       50 s  llama-3.1-8b behind 512 to 32768 tokens, cache in bf16 and int8; its kernels
+#   8b            90 s  llama-3.1-8b: decode and prefill in bf16, int4, int8, fp8
+#   1b            45 s  llama-3.2-1b
+#   flat          45 s  linears of 8B for 1, 2, 4, 8 and 16 rows
+#   context       45 s  llama-3.1-8b behind 512 to 32768 tokens, cache in bf16 and int8; its kernels
 #   int4          25 s  the kernels of a step of llama-3.1-8b in int4
-#   7b            50 s  llama-2-7b
-#   startup       45 s  llama-3.2-1b: process start to first token, eager, compiled cold and warm
-#   engine        40 s  correctness: families, engines, caches, experts against the CPU
+#   7b            35 s  llama-2-7b
+#   speculation   55 s  the storyteller grown to llama-3.2-1b, with its draft grown to 60m, beside plain decoding
+#   startup       40 s  llama-3.2-1b: process start to first token, eager, compiled cold and warm
+#   engine        35 s  correctness: families, engines, caches, experts against the CPU
 #   roofline      10 s  the plot
 #   sum          535 s  and none begins later than 520 s after the first
+# Apart from it, because growing 16 GB takes a minute or two:
+#   python bench/speculation.py --target llama-3.1-8b --draft 160m --device cuda --compile
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUTDIR}
@@ -71,16 +74,18 @@ context="bench/context.py --shape llama-3.1-8b --device cuda --compile --rounds 
 if "$PY" -c "import xdist" 2>/dev/null; then workers="-n 6"; else workers=""; fi
 tests="-m pytest -q -m gpu $workers tests/test_gpu.py"
 step limits 20 "$PY" bench/roofline.py --measure --device cuda
-step kernels 95 "$PY" $tests -k "$own"
-table 8b 95 llama-3.1-8b
-table 1b 55 llama-3.2-1b
-step flat 50 "$PY" bench/kernels.py --device cuda --rows 1,2,4,8,16 --rounds 3 \
+step kernels 90 "$PY" $tests -k "$own"
+table 8b 90 llama-3.1-8b
+table 1b 45 llama-3.2-1b
+step flat 45 "$PY" bench/kernels.py --device cuda --rows 1,2,4,8,16 --rounds 3 \
     --formats torch,bf16,fp8,int8,int4-g32,int4-g128
-step context 50 "$PY" $context
+step context 45 "$PY" $context
 step int4 25 "$PY" $context --quant int4 --contexts 512 --caches auto
-table 7b 50 llama-2-7b
-step startup 45 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
-step engine 40 "$PY" $tests -k "not ($own)"
+table 7b 35 llama-2-7b
+step speculation 55 "$PY" bench/speculation.py --target llama-3.2-1b --draft 60m --device cuda --compile \
+    --rounds 2 --prompts 2 --works stories,sampled --work-dir "$(mktemp -d)" --out /dev/null
+step startup 40 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
+step engine 35 "$PY" $tests -k "not ($own)"
 step roofline 10 "$PY" bench/roofline.py "$out/results.jsonl" --out "$out/roofline.png"
 echo "== $failed steps failed; $SECONDS s"
 exit "$failed"
