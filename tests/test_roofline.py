@@ -131,7 +131,7 @@ def test_a_gpu_step_that_fails_loses_no_other(tmp_path: Path) -> None:
     python.chmod(0o755)
     command = ["bash", str(BENCH / "gpu.sh"), str(out)]
     process = subprocess.run(command, env=os.environ | {"PY": str(python)}, capture_output=True)
-    assert process.returncode == 2  # its table and its start
+    assert process.returncode == 3  # its table, its speculation and its start
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     commands = [record["command"] for record in records]
     assert len(commands) == 11 and "--measure" in commands[0] and "roofline.png" in commands[-1]
