@@ -134,7 +134,7 @@ def test_a_gpu_step_that_fails_loses_no_other(tmp_path: Path) -> None:
     assert process.returncode == 3  # its table, its speculation and its start
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     commands = [record["command"] for record in records]
-    assert len(commands) == 11 and "--measure" in commands[0] and "roofline.png" in commands[-1]
+    assert len(commands) == 12 and "--measure" in commands[0] and "roofline.png" in commands[-1]
     assert "a table" in (out / "gpu.log").read_text()
     for command in commands:  # every file that it names is there
         named = [word for word in command.split() if word.endswith(".py")]
