@@ -315,6 +315,35 @@ def test_attention_of_many_tokens_shows_nan() -> None:
     assert attend(q * torch.nan, keys, values, positions).isnan().all()
 
 
+@pytest.mark.parametrize("num_tokens", [3, 20])
+def test_nan_alone_stays_visible(num_tokens: int) -> None:
+    """Where a query has seen nothing else: before a sink, and before other slots."""
+    q, (keys, values) = torch.randn(1, num_tokens, 2, 8), torch.randn(2, 1, 1, 700, 8)
+    positions = torch.arange(num_tokens).unsqueeze(0) + 512
+    sinks = torch.zeros(2)
+    assert attend(q * torch.nan, keys, values, positions, sinks=sinks).isnan().all()
+    keys[..., :512, :] = torch.nan
+    assert attend(q, keys, values, positions).isnan().all()
+
+
+@pytest.mark.parametrize("window", [2**31, 2**32 + 1, 2**63 - 1])
+@pytest.mark.parametrize("num_tokens", [3, 20])
+def test_a_window_longer_than_the_cache(num_tokens: int, window: int) -> None:
+    q, (keys, values) = torch.randn(1, num_tokens, 2, 8), torch.randn(2, 1, 1, 33, 8)
+    positions = torch.arange(num_tokens).unsqueeze(0)
+    found = attend(q, keys, values, positions, window=window)
+    assert torch.equal(found, attend(q, keys, values, positions))
+
+
+@pytest.mark.parametrize("name", ["sinks", "slopes"])
+def test_sinks_and_slopes_are_one_of_each_head(name: str) -> None:
+    q, keys = torch.randn(1, 20, 4, 8), torch.randn(1, 2, 33, 8)
+    with pytest.raises(ValueError, match="one of each"):
+        attend(q, keys, keys, torch.arange(20).unsqueeze(0), **{name: torch.zeros(2)})
+    with pytest.raises(ValueError, match="do not fit"):
+        attend(q[:, :, :0], keys, keys, torch.arange(20).unsqueeze(0))
+
+
 def test_prompts_go_through_it() -> None:
     """Where the processor is wide enough; numbers that it does not know stay with PyTorch."""
     q, keys, values = torch.randn(1, 20, 2, 8), torch.randn(1, 1, 33, 8), torch.randn(1, 1, 33, 8)

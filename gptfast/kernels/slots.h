@@ -368,14 +368,10 @@ struct Query {
       }
     }
     const float before = state.most, now = std::max(before, largest_of(most));
-    if (now == NONE) {  // nothing is seen yet
-      std::fill(products, products + blocks * BLOCK, 0.0f);
-      if (PAIRS) std::fill(pairs, pairs + blocks * BLOCK, 0);
-      return;
-    }
+    const float from = now == NONE ? 0 : now;  // nothing seen yet has weights of 0, NaN that of NaN
     Floats sum{};
     const auto weight = [&](int64_t i) {
-      Floats weights = exponential(load<Floats>(products + i) - now);
+      Floats weights = exponential(load<Floats>(products + i) - from);
       sum += weights;
       if (!value_scales) return weights;
       const int64_t rest = std::clamp<int64_t>(count - i, 0, LANES);

@@ -34,6 +34,13 @@ std::vector<float> floats(const Maybe& tensor) {
   return {from, from + wide.numel()};
 }
 
+// One of each query head.
+std::vector<float> floats_of(const Maybe& tensor, int64_t num_heads) {
+  TORCH_CHECK_VALUE(!tensor || tensor->numel() == num_heads, "sinks and slopes are one of each of ",
+                    num_heads, " query heads; ", tensor ? tensor->numel() : 0, " are given");
+  return floats(tensor);
+}
+
 step::Slots slots_of(const Tensor& keys, const Tensor& values, const Maybe& key_scales,
                      const Maybe& value_scales, Number computed) {
   const auto type = keys.scalar_type();
@@ -80,12 +87,12 @@ Tensor attention(const Tensor& q, const Tensor& keys, const Tensor& values,
   const Number type = number(q);
   const auto slots = slots_of(keys, values, key_scales, value_scales, type);
   TORCH_CHECK_VALUE(q.dim() == 4 && q.size(0) <= slots.num_rows && q.size(3) == slots.key_dim &&
-                        q.size(2) % slots.num_heads == 0 &&
+                        slots.num_heads && q.size(2) && q.size(2) % slots.num_heads == 0 &&
                         places.sizes() == q.sizes().slice(0, 2),
                     "queries do not fit the slots or the positions");
   check_positions(places, slots.num_slots);
-  const auto own_sinks = floats(sinks), own_slopes = floats(slopes);
-  const step::Scoring how{static_cast<float>(scale), window.value_or(0),
+  const auto own_sinks = floats_of(sinks, q.size(2)), own_slopes = floats_of(slopes, q.size(2));
+  const step::Scoring how{static_cast<float>(scale), std::min(window.value_or(0), slots.num_slots),
                           static_cast<float>(softcap.value_or(0)),
                           sinks ? own_sinks.data() : nullptr, slopes ? own_slopes.data() : nullptr};
   const Tensor y = at::empty({q.size(0), q.size(1), q.size(2), values.size(3)}, q.options());
@@ -155,9 +162,10 @@ void add_block(int64_t number, at::IntArrayRef sizes, at::ArrayRef<double> facto
   block.shared_norm = sizes[8];
   block.multiplier = factors[0];
   block.activation = static_cast<step::Activation>(name - std::begin(NAMES));
-  block.sinks = floats(sinks);
-  block.slopes = floats(slopes);
-  block.scoring = {static_cast<float>(factors[1]), sizes[9], static_cast<float>(factors[2]),
+  block.sinks = floats_of(sinks, block.num_heads);
+  block.slopes = floats_of(slopes, block.num_heads);
+  const int64_t window = std::min(sizes[9], keys.size(2));
+  block.scoring = {static_cast<float>(factors[1]), window, static_cast<float>(factors[2]),
                    sinks ? block.sinks.data() : nullptr, slopes ? block.slopes.data() : nullptr};
   block.slots = slots_of(keys, values, key_scales, value_scales, step_of(number).type);
   step_of(number).blocks.push_back(std::move(block));

@@ -106,7 +106,8 @@ Tensor grouped_linear(const Tensor& x, const Tensor& values, const Tensor& scale
         .to(x.scalar_type());
   }
   TORCH_CHECK_VALUE(x.dim() == 2 && values.dim() == 5 && ends.dim() == 1 &&
-                        ends.size(0) == values.size(0) && scales.size(0) == values.size(0),
+                        ends.size(0) == values.size(0) && scales.size(0) == values.size(0) &&
+                        (!zeros || zeros->size(0) == values.size(0)),
                     ends.numel(), " ends of groups of rows [P, K] do not fit the packed weights of ",
                     values.size(0), " groups");
   Weight w = packed::packed_weight(values, scales, zeros, format, out_features, x.size(-1));
