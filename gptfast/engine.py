@@ -17,16 +17,15 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from gptfast.cache import cache_bytes_per_token, parse_kv_cache_dtype
+from gptfast.cache import parse_kv_cache_dtype
 from gptfast.cached import LARGEST_PIECE, common_prefix
-from gptfast.config import ModelConfig
-from gptfast.device import check_fits, free_memory
+from gptfast.capacity import check_sizes, check_speculate_k, context_length
 from gptfast.model import Transformer
 from gptfast.requests import Event, FinishReason, Request, TokenLogprob
 from gptfast.runner import ModelRunner
 from gptfast.sampling import SamplingParams, token_logprobs
 from gptfast.speculation.drafts import Draft, Text
-from gptfast.speculation.speculator import MAX_SPECULATE_K, Round, Speculator
+from gptfast.speculation.speculator import Round, Speculator
 from gptfast.stats import DecodeCounters, RequestStats, SpeculationStats
 
 
@@ -68,7 +67,7 @@ class Engine:
         check_speculate_k(draft is not None, speculate_k)
         parse_kv_cache_dtype(kv_cache_dtype, model.device)
         self.model, self.num_rows = model, num_rows
-        self.max_seq_len = _context_length(model, num_rows, max_seq_len, kv_cache_dtype, draft)
+        self.max_seq_len = context_length(model, num_rows, max_seq_len, kv_cache_dtype, draft)
         self.runner = ModelRunner(model, num_rows, self.max_seq_len, compile, kv_cache_dtype)
         self.device = self.runner.device
         self._speculator: Speculator | None = None
@@ -404,51 +403,6 @@ class Engine:
             with torch.no_grad():
                 hidden = self.runner.prefill(piece, start, 0)
                 yield self.model.logits(hidden[:, : len(piece)])[0]
-
-
-def check_sizes(config: ModelConfig, num_rows: int, max_seq_len: int | None) -> None:
-    """ValueError where an engine of these sizes would refuse them, whatever memory is free."""
-    if num_rows < 1:
-        raise ValueError(f"number of rows (batch size) is {num_rows}; at least 1 is needed")
-    if max_seq_len is not None and not 1 <= max_seq_len <= config.max_seq_len:
-        raise ValueError(
-            f"max_seq_len is {max_seq_len}; this model allows 1 to {config.max_seq_len}"
-        )
-
-
-def check_speculate_k(has_draft: bool, speculate_k: int | None) -> None:
-    """ValueError or TypeError where so many tokens cannot be drafted at a time."""
-    if speculate_k is None:
-        return
-    if isinstance(speculate_k, bool) or not isinstance(speculate_k, int):
-        raise TypeError(f"speculate_k is {speculate_k!r}; a whole number or None is needed")
-    if not has_draft:
-        raise ValueError(f"speculate_k is {speculate_k} and there is no draft; give one")
-    if not 1 <= speculate_k <= MAX_SPECULATE_K:
-        raise ValueError(f"speculate_k is {speculate_k}; 1 to {MAX_SPECULATE_K} are possible")
-
-
-def _context_length(
-    model: Transformer, num_rows: int, asked: int | None, kv_cache_dtype: str, draft: Draft | None
-) -> int:
-    """Slots for each row: what was asked, if it fits, or what facts and free memory allow."""
-    config, device = model.config, model.device
-    per_token = num_rows * cache_bytes_per_token(config, model.dtype, kv_cache_dtype)
-    per_token += num_rows * (draft.cache_bytes_per_token if draft is not None else 0)
-    # Beside the cache a row holds, for each token of the vocabulary, a bias, a count and a flag.
-    others = per_token + num_rows * config.vocab_size * (4 + 4 + 1)  # the spare slot among them
-    free = free_memory(device)
-    fits = config.max_seq_len
-    if asked is None and free is not None:  # leave a tenth for activations
-        fits = max(1, min(fits, (int(0.9 * free) - others) // per_token))
-    context = fits if asked is None else asked
-    check_fits(
-        context * per_token + others,
-        device,
-        f"a cache of {num_rows} x {context} tokens",
-        "lower max_seq_len or the batch size",
-    )
-    return context
 
 
 def _token_logprob(

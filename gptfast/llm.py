@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from gptfast.cache import parse_kv_cache_dtype
+from gptfast.capacity import check_sizes, check_speculate_k
 from gptfast.chat import Message, find_template
 from gptfast.checkpoint import Progress, inspect, read_config
 from gptfast.compiler import started_early
 from gptfast.device import parse_device, peak_memory
-from gptfast.engine import Engine, check_sizes, check_speculate_k
+from gptfast.engine import Engine
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.loading import check_plan, load
 from gptfast.quantization import PLAIN, QuantPlan, quant_plan, running_notes

@@ -584,7 +584,7 @@ def test_an_engine_needs_its_memory_before_it_allocates(
     llama: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """256 bytes a token (2 layers, keys and values, 2 heads of 8 numbers), and a spare slot."""
-    for module in ("engine", "device"):
+    for module in ("capacity", "device"):
         monkeypatch.setattr(f"gptfast.{module}.free_memory", lambda device: 100_000)
     with pytest.raises(
         MemoryError, match=r"3 x 2048 tokens.* needs 1\.58 MB.* 100\.00 kB are free"

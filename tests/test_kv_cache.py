@@ -315,7 +315,7 @@ def test_bytes(tmp_path: Path, llama: Transformer) -> None:
 def test_the_same_memory_holds_more_tokens(
     llama: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("engine", "device"):
+    for module in ("capacity", "device"):
         monkeypatch.setattr(f"gptfast.{module}.free_memory", lambda device: 100_000)
     plain, small = (Engine(llama, kv_cache_dtype=name).max_seq_len for name in ("auto", "int8"))
     assert small == pytest.approx(plain * 256 / 96, rel=0.01)

@@ -473,6 +473,17 @@ def test_rotation_that_depends_on_the_length(
             assert [result.token_ids for result in run(engine, *work)] == expected
 
 
+def test_the_memory_that_is_free_holds_the_cache_of_a_draft_too(
+    llama: Transformer, right: Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("capacity", "device"):
+        monkeypatch.setattr(f"gptfast.{module}.free_memory", lambda device: 100_000)
+    plain = Engine(llama).max_seq_len
+    assert Engine(llama, draft=right).max_seq_len == pytest.approx(plain / 2, rel=0.01)
+    shared = Draft("all", llama, shares_cache=True)
+    assert Engine(llama, draft=shared).max_seq_len == plain
+
+
 # -- what is reported --
 
 

@@ -9,12 +9,12 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from gptfast.cache import KV_CACHE_DTYPES, cache_bytes_per_token, parse_kv_cache_dtype
+from gptfast.capacity import check_sizes
 from gptfast.chat import find_template
 from gptfast.checkpoint import inspect, suggested_sampling
 from gptfast.commands.options import add_quant_options, chosen_quant
 from gptfast.config import ModelConfig, RopeConfig
 from gptfast.device import DTYPES, format_bytes, free_memory, parse_device, parse_dtype
-from gptfast.engine import check_sizes
 from gptfast.families import FAMILIES
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.loading import weight_bytes
