@@ -91,6 +91,17 @@ def of_block(formats: Mapping[str, Format], layer: int) -> dict[str, Format]:
     return {n.removeprefix(start): f for n, f in formats.items() if n.startswith(start)}
 
 
+def statistics_bytes(block: nn.Module, formats: Mapping[str, Format]) -> int:
+    """Of the sums over what all linears `formats` of a block read, each expert's its own."""
+    assert isinstance(block, Block)
+    size = 0
+    for names in (names for stage in stages(block) for names in stage):
+        if wanted := [name for name in names if name in formats]:
+            *experts, _, width = block.get_submodule(wanted[0]).get_parameter("weight").shape
+            size += math.prod(experts) * width * width * torch.float32.itemsize
+    return size
+
+
 def quantize_ends(walk: Walk, formats: Mapping[str, Format], method: Method) -> Weights:
     """Head and embedding, where they have a format. A head of 8 bits and an embedding are rounded
     each by itself: there is next to nothing to gain.

@@ -21,6 +21,7 @@ from quantize.rounding import round_to_nearest
 # A single row of weights: nothing to save.
 NEVER = ("*.shared_gate",)
 PLAIN = "none"
+WHOLE_ROW = -1  # as a group size
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,20 @@ def quant_plan(
     embedding: str | None = None,
     exclude: Sequence[str] = (),
 ) -> QuantPlan:
-    """The plan of names as the command line has them. `head` None: int8, where the body has fewer
-    bits, else as the body; "none": plain. ValueError for what there is not.
+    """The plan of names as the command line has them. `group_size` -1: the whole row, as in GPTQ's
+    settings. `head` None: int8, where the body has fewer bits, else as the body; "none": plain.
+    ValueError for what there is not.
     """
     if not isinstance(quant, str):
         raise ValueError(f"quant is {quant!r}; the name of a format is needed, such as int4")
     body = Format.parse(quant)
     if group_size is not None:
-        if "-g" in quant and group_size != body.group_size:
+        size = None if group_size == WHOLE_ROW else group_size
+        if ("-g" in quant or "-row" in quant) and size != body.group_size:
             raise ValueError(f"{quant} names its group size; leave out the other, {group_size}")
-        if body.kind == "mxfp4" and group_size != body.group_size:
+        if body.kind == "mxfp4" and size != body.group_size:
             raise ValueError(f"mxfp4 has groups of {body.group_size}; leave out the group size")
-        body = replace(body, group_size=group_size)
+        body = replace(body, group_size=size)
     head_format: Format | None
     if head is None:
         head_format = body if body.bits == 8 else Format("int", 8, dynamic=body.dynamic)

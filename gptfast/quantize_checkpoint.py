@@ -21,10 +21,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from gptfast.calibrated import Method, Note, Weights, of_block, put_numbers, quantize_ends
+from gptfast.calibrated import (
+    Method,
+    Note,
+    Weights,
+    of_block,
+    put_numbers,
+    quantize_ends,
+    statistics_bytes,
+)
 from gptfast.checkpoint import Checkpoint, Progress, check_tied_head, empty_model, inspect
 from gptfast.convert import convert, own_config, write_checkpoint
-from gptfast.device import check_fits, parse_dtype
+from gptfast.device import check_fits, format_bytes, parse_dtype
 from gptfast.loading import check_plan, read_parameters
 from gptfast.new_folder import check_places, check_space, companions, new_folder
 from gptfast.quantization import QuantPlan, put
@@ -116,11 +124,16 @@ class _Run:
                 f"the calibration text has token {int(ids.max())}, and the model knows "
                 f"{config.vocab_size}: tokenizer and model do not belong together"
             )
+        statistics = max(
+            statistics_bytes(block, of_block(self.formats, layer))
+            for layer, block in enumerate(self.model.blocks)
+        )
         check_fits(
-            ids.numel() * config.dim * dtype.itemsize,
+            ids.numel() * config.dim * dtype.itemsize + statistics,
             ids.device,
-            f"hidden states of {ids.numel():,} tokens",
-            "use fewer samples",
+            f"{method.name}: hidden states of {ids.numel():,} tokens and, of a block's inputs, "
+            f"{format_bytes(statistics)} of sums",
+            "use fewer samples, or --method rtn",
         )
 
     def record(self) -> dict[str, Any]:

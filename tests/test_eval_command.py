@@ -152,6 +152,16 @@ def test_documents_between_marks(evaluate: Command, tmp_path: Path, llm: LLM) ->
     assert fewer["num_tokens"] == 8 + 2  # nine tokens with BOS, then three
 
 
+def test_marks_are_not_scored_unnoticed(evaluate: Command, tmp_path: Path) -> None:
+    """Stories of a text with marks cost 1.48 nats a token instead of 0.26, and nothing said why."""
+    mark, path = "<|endoftext|>", tmp_path / "stories.txt"
+    path.write_text(f"One fox.{mark}Two.{mark}Three.")
+    assert f"{mark} stands 2 times in the text" in evaluate("--text", path).err
+    right = evaluate("--text", path, "--split", mark).err
+    assert "stands" not in right and "has no" not in right
+    assert "has no '<|eot|>': it is one doc" in evaluate("--text", path, "--split", "<|eot|>").err
+
+
 def test_where_text_comes_from(
     evaluate: Command, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_defaults_of_a_plan() -> None:
     assert quant_plan("fp8").head == Format.parse("fp8")
     assert quant_plan("int4", head="none").head is None
     assert quant_plan("int4", 128).body == Format.parse("int4-g128")
+    assert quant_plan("int4", -1).body == Format.parse("int4-row")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,9 @@ def test_defaults_of_a_plan() -> None:
         (("int5",), "int5"),
         (("int4", None, "best"), "best"),
         (("mxfp4", 64), "mxfp4"),
+        (("mxfp4", -1), "mxfp4"),
+        (("int4-g64", -1), "leave out the other, -1"),
+        (("int4-row", 64), "leave out the other, 64"),
         (("int4", None, None, "int8-dynamic"), "embedding"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases import write_checkpoint
 from safetensors.torch import load_file
 from test_calibrated import positions
 from test_storyteller import SCRIPTS  # puts scripts/ on the path
@@ -288,6 +289,31 @@ def test_samples_that_do_not_fit(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("name", ["llama-biases-tied", "qwen2_moe-shared-expert"])
+def test_memory_is_counted_before_anything_is_read(
+    tmp_path: Path, name: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over what 256 experts read take 50 GB: the system would end the run, hours later."""
+    source = write_checkpoint(tmp_path / "source", name)
+    config = load(source, "fp32").config
+    attention = [config.dim, config.num_heads * config.head_dim]
+    if (experts := config.experts) is None:
+        mlp = [config.dim, config.hidden_dim]
+    else:
+        mlp = [config.dim, experts.shared_hidden_dim]
+        mlp += experts.num_experts * [config.dim, experts.hidden_dim]
+    only_attention = quant_plan("int4-g16", exclude=["mlp.*"])
+    for plan, widths in ((PLAN, attention + mlp), (only_attention, attention)):
+        out = tmp_path / f"out of {len(widths)}"
+        needed = 4 * (ids.numel() * config.dim + sum(width**2 for width in widths))
+        monkeypatch.setattr("gptfast.device.free_memory", lambda device, free=needed - 1: free)
+        for method in METHODS.values():
+            with pytest.raises(MemoryError, match=r"states of 96 tokens.*--method rtn"):
+                quantize_checkpoint(source, out, plan, method, ids)
+        monkeypatch.setattr("gptfast.device.free_memory", lambda device, free=needed: free)
+        quantize_checkpoint(source, out, plan, Gptq(), ids)
+
+
 @contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
     """The system refuses to make a file longer, as it does on a full disk."""
@@ -363,6 +389,9 @@ def test_the_command(tmp_path: Path, story: Path, capsys: pytest.CaptureFixture[
         (["--seq-len", "513"], ["context of 512"]),
         (["--damping", "-1"], ["damping"]),
         (["--exclude", "mlp.upp"], ["mlp.upp"]),
+        (["--method", "rtn"], ["--num-samples", "nothing with --method rtn"]),
+        (["--method", "awq", "--damping", "0"], ["--damping", "nothing with --method awq"]),
+        (["--method", "awq", "--no-act-order"], ["--no-act-order", "--method awq"]),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -383,6 +412,8 @@ def test_wrong_options_are_one_line(
 def test_rtn_is_loading_with_quant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tiny_llama(tmp_path / "source"), tmp_path / "out"
     command = ["quantize", str(source), str(out), "--method", "rtn", "--group-size", "8"]
+    assert main([*command, "--calibration", "nowhere.txt"]) == 2  # it would not be read
+    assert "--calibration means nothing with --method rtn" in capsys.readouterr().err
     assert main(command) == 0  # no tokenizer, no text needed
     assert "rtn, int4-g8, head int8" in capsys.readouterr().out
     expected = load(source, quant=quant_plan("int4-g8"))

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gptfast.calibration import SEPARATOR
 from gptfast.checkpoint import read_config
 from gptfast.commands.harness import Answers, Tasks
 from gptfast.commands.options import (
@@ -301,6 +302,13 @@ def _note_text(
     )
     if plan.method == "strided" and len(num_bytes) < plan.window:
         note(f"The text is shorter than a window: it is scored as one window of {len(num_bytes)}")
+    if plan.mark is None and (num_marks := plan.text.count(SEPARATOR)):
+        note(
+            f"{SEPARATOR} stands {num_marks} times in the text and is scored as a part of it; "
+            f"--split '{SEPARATOR}' scores each document by itself"
+        )
+    if plan.mark is not None and plan.mark not in plan.text:
+        note(f"The text has no {plan.mark!r}: it is one document, and its first window is scored")
     length = len(plan.text.encode())
     if plan.method != "split" and plan.max_tokens is None and sum(num_bytes) != length:
         note(

@@ -41,7 +41,8 @@ EVAL_WINDOW = 1024
 
 
 def _gptq(args: argparse.Namespace) -> Method:
-    return Gptq(act_order=not args.no_act_order, damping=args.damping)
+    damping = Gptq.damping if args.damping is None else args.damping
+    return Gptq(act_order=not args.no_act_order, damping=damping)
 
 
 def _awq(args: argparse.Namespace) -> Method:
@@ -53,6 +54,13 @@ METHODS: dict[str, Callable[[argparse.Namespace], Method] | None] = {
     "rtn": None,
     "gptq": _gptq,
     "awq": _awq,
+}
+CALIBRATION_OPTIONS = ("calibration", "num_samples", "seq_len")
+# By their names in `args`; an option of another method would be given in vain.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "rtn": (),
+    "gptq": (*CALIBRATION_OPTIONS, "no_act_order", "damping"),
+    "awq": CALIBRATION_OPTIONS,
 }
 
 
@@ -95,7 +103,7 @@ def _add_format_options(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="weights that share a scale; default: 32, at 8 bits the whole row",
+        help="weights that share a scale; default: 32, at 8 bits the whole row, as with -1",
     )
     group.add_argument(
         "--format",
@@ -124,9 +132,8 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-samples",
         type=int,
-        default=DEFAULT_NUM_SAMPLES,
         metavar="N",
-        help="default: %(default)s",
+        help=f"default: {DEFAULT_NUM_SAMPLES}",
     )
     group.add_argument(
         "--seq-len",
@@ -142,13 +149,13 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--damping",
         type=float,
-        default=0.01,
         metavar="X",
-        help="gptq: share of its mean added to the Hessian's diagonal; default: %(default)s",
+        help=f"gptq: share of its mean added to the Hessian's diagonal; default: {Gptq.damping}",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_options(args)
     plan, make = _plan(args), METHODS[args.method]
     method = None if make is None else make(args)
     source, device = find_model(args.source, args.revision), parse_device(args.device)
@@ -175,6 +182,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    for name in OPTIONS["gptq"]:
+        is_given = getattr(args, name) is not None and getattr(args, name) is not False
+        if is_given and name not in OPTIONS[args.method]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} means nothing with --method {args.method}"
+            )
+
+
 def _plan(args: argparse.Namespace) -> QuantPlan:
     if args.bits not in (None, 2, 3, 4, 8):
         raise ValueError(f"--bits is {args.bits}; 2, 3, 4 and 8 are possible")
@@ -196,8 +212,8 @@ def _calibration(args: argparse.Namespace, source: Path, tokenizer: Tokenizer | 
             "better (--calibration)"
         )
     length = min(DEFAULT_SEQ_LEN, config.max_seq_len) if args.seq_len is None else args.seq_len
-    texts = read_documents(args.calibration)
-    return calibration_ids(texts, tokenizer, args.num_samples, length)
+    count = DEFAULT_NUM_SAMPLES if args.num_samples is None else args.num_samples
+    return calibration_ids(read_documents(args.calibration), tokenizer, count, length)
 
 
 def _windows(
