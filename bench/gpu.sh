@@ -24,6 +24,8 @@
 #   sum          535 s  and none begins later than 520 s after the first
 # Apart from it, because growing 16 GB takes a minute or two:
 #   python bench/speculation.py --target llama-3.1-8b --draft 160m --device cuda --compile
+# and because ranks that share a GPU start and compile for a minute:
+#   python -m pytest -q -m gpu tests/test_gpu.py -k rank -rPs
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUTDIR}
@@ -85,7 +87,7 @@ table 7b 35 llama-2-7b
 step speculation 55 "$PY" bench/speculation.py --target llama-3.2-1b --draft 60m --device cuda --compile \
     --rounds 2 --prompts 2 --works stories,sampled --work-dir "$(mktemp -d)" --out /dev/null
 step startup 40 "$PY" bench/startup.py --shape llama-3.2-1b --dtype bf16 --device cuda --rounds 1
-step engine 35 "$PY" $tests -k "not ($own)"
+step engine 35 "$PY" $tests -k "not ($own or rank)"
 step roofline 10 "$PY" bench/roofline.py "$out/results.jsonl" --out "$out/roofline.png"
 echo "== $failed steps failed; $SECONDS s"
 exit "$failed"

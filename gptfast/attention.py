@@ -11,6 +11,7 @@ from gptfast.cache import LayerCache
 from gptfast.config import ModelConfig
 from gptfast.kernels.attention import attention, attention_on_any_device
 from gptfast.layers import HeadNorm, RMSNorm, build_norm
+from gptfast.parallel import ALONE, Group
 from gptfast.rope import rotate
 
 CosSin = tuple[Tensor, Tensor]
@@ -18,10 +19,10 @@ CosSin = tuple[Tensor, Tensor]
 LATENT_NORM_EPS = 1e-6
 
 
-def build_attention(config: ModelConfig, layer: int) -> nn.Module:
+def build_attention(config: ModelConfig, layer: int, group: Group = ALONE) -> nn.Module:
     if config.latent is not None:
         return LatentAttention(config, layer)
-    return Attention(config, layer)
+    return Attention(config, layer, group)
 
 
 class _CachedAttention(nn.Module):
@@ -62,10 +63,13 @@ class _CachedAttention(nn.Module):
 
 
 class Attention(_CachedAttention):
-    """Grouped-query attention (2305.13245), one fused projection for queries, keys, values."""
+    """Grouped-query attention (2305.13245), one fused projection for queries, keys, values. In a
+    group of several ranks, the heads of one, and its part of the sum that comes out.
+    """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, group: Group = ALONE) -> None:
         super().__init__(config, layer)
+        self.group = group
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.clip = config.head_dim, config.qkv_clip
         rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -85,18 +89,28 @@ class Attention(_CachedAttention):
             qkv = qkv.clamp(-self.clip, self.clip)
         q, k, v = qkv.unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=2)
         if self.norms_all_heads:
-            q = self.q_norm(q.flatten(2)).unflatten(2, (-1, self.head_dim))
-            k = self.k_norm(k.flatten(2)).unflatten(2, (-1, self.head_dim))
+            q, k = self._normed_together(q, k)
         else:
             q, k = self.q_norm(q), self.k_norm(k)  # [B, T, H or H_kv, D]
         if cos_sin is not None:
             q, k = rotate(q, *cos_sin, self.interleaved), rotate(k, *cos_sin, self.interleaved)
         return self.out(self.attend(q, k, v, positions, cache).flatten(2))
 
+    def _normed_together(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms over all heads, those of other ranks included, of which each is on equally many."""
+        q, k = q.flatten(2), k.flatten(2)
+        of_q = of_k = None
+        if not self.group.is_alone:
+            means = torch.stack([x.float().square().mean(-1, True) for x in (q, k)])
+            of_q, of_k = (self.group.all_reduce(means) / self.group.size).unbind()
+        q, k = self.q_norm(q, of_q), self.k_norm(k, of_k)
+        return q.unflatten(2, (-1, self.head_dim)), k.unflatten(2, (-1, self.head_dim))
+
 
 class LatentAttention(_CachedAttention):
     """Multi-head latent attention (2405.04434), in the form in which only latents are cached and
-    read: the projections from latents to keys and values move to the queries and the result.
+    read: the projections from latents to keys and values move to the queries and the result. In a
+    group of several ranks all have the latents, and each some of the heads.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

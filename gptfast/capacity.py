@@ -1,11 +1,15 @@
 """What an engine may be asked for, and how long a context the memory holds."""
 
+import torch
+
 from gptfast.cache import cache_bytes_per_token
 from gptfast.config import ModelConfig
-from gptfast.device import check_fits, free_memory
+from gptfast.device import check_fits, free_memory, peak_memory
 from gptfast.model import Transformer
+from gptfast.parallel import Group
 from gptfast.speculation.drafts import Draft
 from gptfast.speculation.speculator import MAX_SPECULATE_K
+from gptfast.together import together
 
 
 def check_sizes(config: ModelConfig, num_rows: int, max_seq_len: int | None) -> None:
@@ -30,6 +34,25 @@ def check_speculate_k(has_draft: bool, speculate_k: int | None) -> None:
         raise ValueError(f"speculate_k is {speculate_k}; 1 to {MAX_SPECULATE_K} are possible")
 
 
+@together
+def common_free_memory(group: Group, device: str) -> int | None:
+    """Bytes that can still be allocated on every rank's device of this kind; None where the system
+    does not tell. Ranks of one host share its memory.
+    """
+    own = group.device(torch.device(device))
+    free = free_memory(own)
+    if free is not None and own.type == "cpu":
+        free //= group.local_size
+    least = group.least(-1 if free is None else free)
+    return None if least < 0 else least
+
+
+@together
+def largest_peak(group: Group, device: str) -> int:
+    """The most bytes that any rank has had in use (see `peak_memory`)."""
+    return -group.least(-peak_memory(group.device(torch.device(device))))
+
+
 def context_length(
     model: Transformer, num_rows: int, asked: int | None, kv_cache_dtype: str, draft: Draft | None
 ) -> int:
@@ -39,7 +62,7 @@ def context_length(
     per_token += num_rows * (draft.cache_bytes_per_token if draft is not None else 0)
     # Beside the cache a row holds, for each token of the vocabulary, a bias, a count and a flag.
     others = per_token + num_rows * config.vocab_size * (4 + 4 + 1)  # the spare slot among them
-    free = free_memory(device)
+    free = common_free_memory(model.group, str(device))
     fits = config.max_seq_len
     if asked is None and free is not None:  # leave a tenth for activations
         fits = max(1, min(fits, (int(0.9 * free) - others) // per_token))
@@ -49,5 +72,6 @@ def context_length(
         device,
         f"a cache of {num_rows} x {context} tokens",
         "lower max_seq_len or the batch size",
+        free,
     )
     return context

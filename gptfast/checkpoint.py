@@ -16,8 +16,10 @@ from gptfast.config import ModelConfig
 from gptfast.families import Family, find_family, language_part, model_config
 from gptfast.matching import RENAMES, Matching, renamed
 from gptfast.model import Transformer, fused_rows
+from gptfast.parallel import ALONE, Group
 from gptfast.quantization import quantizable
 from gptfast.quantized_files import QuantizedFiles, quantization_settings, quantized_files
+from gptfast.sharding import local_config, shard_of
 from gptfast.sources import Source
 from gptfast.stored import (
     QUANT_METHOD,
@@ -26,7 +28,7 @@ from gptfast.stored import (
     part_shapes,
     read_formats,
 )
-from gptfast.tensor_files import DTYPES, TensorFiles, Tensors, read_json
+from gptfast.tensor_files import DTYPES, TensorFiles, Tensors, read_json, taken
 from quantize.formats import Format
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -134,12 +136,14 @@ def match(config: ModelConfig, raw: Mapping[str, Any], tensors: Tensors) -> Chec
     )
 
 
-def empty_model(config: ModelConfig, formats: Container[str] = ()) -> Transformer:
-    """A model on the meta device, to load into. Where the head is among the quantized modules
-    `formats` it has a weight of its own, tied or not.
+def empty_model(
+    config: ModelConfig, formats: Container[str] = (), group: Group = ALONE
+) -> Transformer:
+    """A model of these facts, or this rank's share of it, on the meta device, to load into. Where
+    the head is among the quantized modules `formats` it has a weight of its own, tied or not.
     """
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(local_config(config, group), group)
         if config.tied_head and "head" in formats:
             model.head.weight = nn.Parameter(torch.empty_like(model.embed.weight), False)
     return model
@@ -257,9 +261,9 @@ def _check_own_dtype(tensors: Tensors, name: str, allowed: Sequence[torch.dtype]
         raise ValueError(f"{tensors.folder}: {name} is stored as {stored}; {names} is needed")
 
 
-def check_tied_head(source: Checkpoint) -> None:
+def check_tied_head(source: Checkpoint, group: Group = ALONE) -> None:
     """A head stored beside a tied one must equal the embedding: which one to use would be a guess
-    (transformers 4 takes the embedding, 5 the head).
+    (transformers 4 takes the embedding, 5 the head). Each rank looks at its own rows.
     """
     if not source.config.tied_head or source.is_own:
         return
@@ -270,7 +274,10 @@ def check_tied_head(source: Checkpoint) -> None:
             name = renamed(head.names[0], expected, found)
             if name not in names or name == embed:
                 continue
-            if not torch.equal(source.tensors.tensor(name), source.tensors.tensor(embed)):
+            [index] = shard_of("embed.weight", source.config, group).indices(2)
+            with source.tensors.reader() as read:
+                is_same = torch.equal(taken(read, name, index), taken(read, embed, index))
+            if not is_same:
                 raise ValueError(
                     f"{source.folder}: config.json ties the head to the embedding, but {name} "
                     f"differs from {embed}; set tie_word_embeddings to false to use it, or remove "

@@ -53,9 +53,13 @@ def free_memory(device: torch.device) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def check_fits(num_bytes: int, device: torch.device, what: str, remedy: str) -> None:
-    """MemoryError that says what was needed and what was free, before anything is allocated."""
-    free = free_memory(device)
+def check_fits(
+    num_bytes: int, device: torch.device, what: str, remedy: str, free: int | None = None
+) -> None:
+    """MemoryError that says what was needed and what was free (None: is found out), before anything
+    is allocated.
+    """
+    free = free_memory(device) if free is None else free
     if free is not None and num_bytes > free:
         raise MemoryError(
             f"{what} needs {format_bytes(num_bytes)}, and {format_bytes(free)} are free on "

@@ -254,6 +254,7 @@ class Engine:
         compile_s, start = self.runner.compile_s, perf_counter()
         requests = [r if r is not None and r.decoding else None for r in self._rows]
         used = max(request.num_tokens for request in requests if request)
+        self.runner.shows_logits = any(r.params.logprobs is not None for r in requests if r)
         if self._speculator is None:
             tokens, logits = self.runner.decode(used)
             self._send(tokens, logits, requests, is_decode=True)
@@ -402,7 +403,7 @@ class Engine:
             piece = token_ids[start : start + LARGEST_PIECE]
             with torch.no_grad():
                 hidden = self.runner.prefill(piece, start, 0)
-                yield self.model.logits(hidden[:, : len(piece)])[0]
+                yield self.runner.main.logits(hidden[:, : len(piece)], compiled=False)[0]
 
 
 def _token_logprob(

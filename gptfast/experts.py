@@ -10,20 +10,25 @@ from torch import Tensor, nn
 
 from gptfast.config import ExpertsConfig, ModelConfig
 from gptfast.layers import GatedMLP, gated
+from gptfast.parallel import ALONE, Group
 from quantize.grouped import GroupedLinear
 
 
 class Experts(nn.Module):
-    """The MLP of a block in a mixture of experts, its shared expert included."""
+    """The MLP of a block in a mixture of experts, its shared expert included. In a group of several
+    ranks, its part of the sum that comes out: some hidden units of every expert, or all of some.
+    """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: Group = ALONE) -> None:
         super().__init__()
         assert config.experts is not None
         facts = config.experts
         self.router = Router(config.dim, facts)
-        dim, hidden = config.dim, facts.hidden_dim
-        self.expert_gate_up = GroupedLinear(facts.num_experts, dim, 2 * hidden, facts.bias)
-        self.expert_down = GroupedLinear(facts.num_experts, hidden, dim, facts.bias)
+        every = range(facts.num_experts)
+        self.here = group.share(facts.num_experts) if group.by_expert else every
+        dim, hidden, num_here = config.dim, facts.hidden_dim, len(self.here)
+        self.expert_gate_up = GroupedLinear(num_here, dim, 2 * hidden, facts.bias)
+        self.expert_down = GroupedLinear(num_here, hidden, dim, facts.bias)
         self.activation, self.limit = config.activation, config.swiglu_limit
         shared = facts.shared_hidden_dim
         self.shared = GatedMLP(config, shared) if shared else None
@@ -31,11 +36,15 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, is_padding: Tensor | None = None) -> Tensor:
         """x [B, T, dim], is_padding [B, T] -> [B, T, dim]. Padding goes to no expert, so that idle
-        rows read no weights.
+        rows read no weights; nor does what others' experts are for.
         """
         flat = x.flatten(0, -2)  # [N, dim]
         weights, chosen = self.router(flat)  # [N, A]
         nowhere = None if is_padding is None else is_padding.reshape(-1, 1)
+        if len(self.here) < self.router.facts.num_experts:
+            elsewhere = (chosen < self.here.start) | (chosen >= self.here.stop)
+            nowhere = elsewhere if nowhere is None else nowhere | elsewhere
+            chosen = chosen - self.here.start
         if nowhere is not None:
             chosen = chosen.masked_fill(nowhere, self.expert_gate_up.num_groups)
         groups, order = chosen.flatten().sort(stable=True)  # pairs, by expert [P]

@@ -25,7 +25,9 @@ class FusedStep:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self.step: CpuStep | CudaStep
-        self.step = CpuStep(model.dtype) if model.device.type == "cpu" else CudaStep()
+        on_host = model.device.type == "cpu"
+        reduce = None if model.group.is_alone else model.group.all_reduce
+        self.step = CpuStep(model.dtype, model.group.shared) if on_host else CudaStep(reduce)
         for parts, rope, layer in zip(_parts(model), model.rope_of, cache.layers, strict=True):
             assert parts is not None and layer.values is not None
             scales = (layer.key_scales, layer.value_scales)
@@ -41,7 +43,8 @@ class FusedStep:
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """tokens [B, T], positions [B, T], at most 16 in all -> float32 logits [B, T, V], as
-        `Transformer.forward` with the cache, and their `first_argmax` [B, T] where it is known.
+        `Transformer.forward` with the cache, and their `first_argmax` [B, T] where it is known. In
+        a group of several ranks V is this rank's part of the vocabulary, and so is the argmax.
         """
         x = self.model.embedded(tokens, positions)
         turns = self.turns
@@ -76,6 +79,8 @@ def why_no_step(model: Transformer, num_rows: int = 1) -> str | None:
         return next((reason for reason in reasons if reason is not None), None)
     if model.device.type != "cpu":
         return f"there is none for {model.device.type}"
+    if not model.group.is_alone and model.group.shared < 0:
+        return "its ranks share no memory"
     for parts in _parts(model):
         reason = cpu_step.why_not(parts, model.dtype)
         if reason is not None:

@@ -27,9 +27,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps, self.offset = eps, offset
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mean_square: Tensor | None = None) -> Tensor:
+        """`mean_square` [.., 1], float32, where it is not that of x alone."""
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if mean_square is None:
+            mean_square = wide.square().mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(mean_square + self.eps)
         if self.offset:
             return (wide * (1.0 + self.weight.float())).to(x.dtype)
         return wide.to(x.dtype) * self.weight

@@ -15,15 +15,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gptfast import parallel
 from gptfast.cache import parse_kv_cache_dtype
-from gptfast.capacity import check_sizes, check_speculate_k
+from gptfast.capacity import check_sizes, check_speculate_k, largest_peak
 from gptfast.chat import Message, find_template
 from gptfast.checkpoint import Progress, inspect, read_config
 from gptfast.compiler import started_early
-from gptfast.device import parse_device, peak_memory
+from gptfast.device import parse_device
 from gptfast.engine import Engine
+from gptfast.follower import follow
 from gptfast.hub import DEFAULT_MODEL, find_model
-from gptfast.loading import check_plan, load
+from gptfast.joint import choose_sums, load_model
+from gptfast.loading import check_plan
 from gptfast.quantization import PLAIN, QuantPlan, quant_plan, running_notes
 from gptfast.requests import FinishReason, TokenLogprob
 from gptfast.sampling import SamplingParams
@@ -111,6 +114,11 @@ class LLM:
     `quant` rounds the linears to a format while they are read: int8, int4 (groups of 32, head in
     int8), int4-g64-asym, int8-dynamic ... (`quantize.formats.Format.parse`), or a QuantPlan;
     "none" makes plain numbers of weights that are stored quantized.
+
+    Under torchrun each process computes a share of the model. The program goes on in rank 0 alone:
+    in the others LLM(...) never returns, does what rank 0 asks for, and ends the process when rank
+    0 ends. `tensor_parallel_size` only says how many processes there should be. With
+    `expert_parallel` each has whole experts of a mixture, not a share of every one.
     """
 
     def __init__(
@@ -128,8 +136,15 @@ class LLM:
         draft: str | Path | None = None,
         speculate_k: int | None = None,
         draft_quant: QuantPlan | str | None = None,
+        tensor_parallel_size: int | None = None,
+        expert_parallel: bool = False,
         progress: Progress = iter,
     ) -> None:
+        group = parallel.start(tensor_parallel_size)
+        if group.rank > 0:
+            follow(group)
+            raise SystemExit(0)
+        self.group = replace(group, by_expert=expert_parallel)
         if isinstance(quant, str) and quant != PLAIN:
             quant = quant_plan(quant)
         check_speculate_k(draft is not None, speculate_k)
@@ -150,11 +165,14 @@ class LLM:
         self.left_out = source.left_out  # parts of the files that are no language model, in words
         # Last, so that what else may be wrong is said before gigabytes are read.
         with started_early(parse_device(device)) if compile else nullcontext():
-            self.model = load(source, dtype, parse_device(device), progress, quant)
+            self.model = load_model(
+                self.group, source, dtype, parse_device(device), progress, quant
+            )
             self.draft: Draft | None = None
             if draft_source is not None:
                 self.draft = draft_source.load(self.model, dtype, progress)
         self.notes = [*source.notes, *running_notes(self.model)]  # on quantized weights, in words
+        self.notes += filter(None, [choose_sums(self.group, self.model)])
         self.load_s = perf_counter() - start
         self._batch_size, self._max_seq_len, self._compile = batch_size, max_seq_len, compile
         self._kv_cache_dtype, self._speculate_k = kv_cache_dtype, speculate_k
@@ -288,9 +306,10 @@ class LLM:
             decode=engine.counters,
             weight_bytes=self.model.bytes_per_step,
             cache_bytes_per_token=engine.runner.cache.bytes_per_token,
-            peak_memory_bytes=peak_memory(engine.device),
+            peak_memory_bytes=largest_peak(self.group, str(engine.device)),
             device_bandwidth=device_bandwidth,
             speculation=engine.speculation,
+            num_ranks=self.group.size,
         )
 
     # -- how it runs --

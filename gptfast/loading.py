@@ -9,19 +9,20 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gptfast.checkpoint import Checkpoint, Progress, check_tied_head, empty_model, inspect
-from gptfast.config import ModelConfig
-from gptfast.device import check_fits, parse_dtype
+from gptfast.device import check_fits, free_memory, parse_dtype
 from gptfast.model import Transformer, keeps_float32
+from gptfast.parallel import ALONE, Group
 from gptfast.quantization import PLAIN, QuantPlan, fill, put, rounded
 from gptfast.quantized_files import QuantizedFiles
-from gptfast.stored import order_name, read_weight
+from gptfast.sharding import WHOLE, Shard, check_groups, possible_sizes, shard_of
+from gptfast.stored import order_name, parts_reader, read_weight
 from gptfast.tensor_files import DTYPES, TensorFiles, read_ahead
 from quantize.formats import Format, QuantizedWeight
 from quantize.grouped import GroupedLinear
@@ -38,35 +39,90 @@ def load(
     device: torch.device | str = "cpu",
     progress: Progress = iter,
     quant: QuantPlan | str | None = None,
+    group: Group = ALONE,
 ) -> Transformer:
     """The model of a folder, or of one that has been inspected, in `dtype` ("auto": what
     config.json says, else that of the file).
 
+    In a group of several ranks, this rank's share of it (see sharding.py): no more than that is
+    read, and what is to be quantized is cut first. So a format with one scale for a row has one for
+    a row and rank, where columns are shared; groups that no cut parts are those of one process.
+
     With a plan its linears are quantized one after the other while they are read: the plain model
     is never in memory as a whole. What is stored quantized stays so, unless `quant` is "none".
     `progress` may wrap the sequence of parameters' names (tqdm does). ValueError as `inspect`;
-    MemoryError says how much was needed.
+    MemoryError says how much was needed; several ranks `check_memory` beforehand, all at once.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else inspect(checkpoint)
     device, chosen = torch.device(device), parse_dtype(dtype) or source.dtype
-    model, to_make = _empty(source, quant)
+    model, to_make = _empty(source, quant, group)
     keep = quant != PLAIN
-    formats = to_make or (source.formats if keep else {})
-    check_fits(
-        weight_bytes(source, chosen, device, quant)
-        + _num_packed_at_once(source.config, formats, device, chosen),
-        device,
-        f"{source.folder.name}: {source.config.num_parameters:,} weights in {chosen}",
-        "use a smaller dtype or model",
-    )
-    check_tied_head(source)
-    if isinstance(source.tensors, TensorFiles | QuantizedFiles):
+    if not group.is_alone:
+        _check_shares(source, group, keep)
+    else:
+        check_memory(source, chosen, device, quant)
+    check_tied_head(source, group)
+    if isinstance(source.tensors, TensorFiles | QuantizedFiles) and _reads_ahead(group):
         read_ahead(source.folder)
-    _fill(_Reading(source, model, to_make, chosen, device, keep), progress)
+    _fill(_Reading(source, model, to_make, chosen, device, keep, group), progress)
     if "head" not in source.formats:
         model.tie_head()
     pack_linears(model, chosen)  # what reading has left
     return model.to(device).eval()
+
+
+def check_memory(
+    source: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    quant: QuantPlan | str | None = None,
+    group: Group = ALONE,
+) -> None:
+    """MemoryError where the weights do not fit, which says how much was needed, and to a group of
+    several ranks how many it would take. On a CPU the ranks of a host share its memory: none of
+    them may have taken its part yet.
+    """
+    sharers = group.local_size if device.type == "cpu" else 1
+
+    def needed(group: Group) -> int:
+        model, formats = _to_fill(source, quant, group)
+        at_once = _num_packed_at_once(model, formats, device, dtype)
+        return sharers * (_bytes(model, formats, dtype, device) + at_once)
+
+    num_bytes = needed(group)
+    what = f"{source.folder.name}: {source.config.num_parameters:,} weights in {dtype}"
+    remedy, free = "use a smaller dtype or model", free_memory(device)
+    if not group.is_alone and free is not None and num_bytes > free:
+        formats = source.formats if quant != PLAIN else {}
+        sizes = possible_sizes(source.config, by_expert=group.by_expert, formats=formats)
+        groups = [replace(group, rank=0, size=size) for size in sizes if size > group.size]
+        enough = next((each.size for each in groups if needed(each) <= free), None)
+        where = f", {sharers} on each host," if sharers > 1 else ""
+        what += f" on {group.size} ranks{where}"
+        who = f"{enough} ranks{where} would do, or" if enough else "no number of ranks would do;"
+        remedy = f"{who} {remedy}"
+    check_fits(num_bytes, device, what, remedy)
+
+
+def _reads_ahead(group: Group) -> bool:
+    """Whether this rank asks for all files: once on a host, if all of them are needed there."""
+    return group.local_rank == 0 and (group.is_alone or group.local_size == group.size)
+
+
+def _check_shares(source: Checkpoint, group: Group, keep: bool) -> None:
+    """ValueError where ranks cannot read their shares."""
+    files = source.tensors
+    if not isinstance(files, TensorFiles | QuantizedFiles):
+        raise ValueError(
+            f"{source.folder}: several ranks read their shares of safetensors only; gptfast "
+            "convert writes them"
+        )
+    if keep:
+        ordered = {module for module in source.formats if order_name(module) in files.names}
+        try:
+            check_groups(source.config, source.formats, group, ordered)
+        except ValueError as error:
+            raise ValueError(f"{source.folder.name}: {error}") from None
 
 
 def check_plan(source: Checkpoint, quant: QuantPlan | str | None) -> QuantPlan | None:
@@ -132,6 +188,7 @@ class _Reading:
     dtype: torch.dtype
     device: torch.device
     keep: bool
+    group: Group = ALONE
     scratch: _Scratch = field(default_factory=_Scratch)
 
     def num_workers(self) -> int:
@@ -150,7 +207,8 @@ class _Reading:
         """
         shape = tuple(self.model.get_parameter(name).shape)
         scratch = self.scratch if self._passes_through(name) else None
-        arguments = (self.source, name, shape, self.dtype, self.device, self.keep, scratch)
+        rest = (self.dtype, self.device, self.keep, scratch, self.group)
+        arguments = (self.source, name, shape, *rest)
         weights, tied = [(name, read_parameter(*arguments))], self.source.config.tied_head
         where = f"{self.source.folder.name}: "
         for each, weight in rounded(weights, self.formats, tied, where=where):
@@ -226,10 +284,15 @@ def weight_bytes(
     dtype: torch.dtype,
     device: torch.device,
     quant: QuantPlan | str | None = None,
+    group: Group = ALONE,
 ) -> int:
-    """Bytes of the weights that `load` would make; errors as `load`."""
-    model, to_make = _empty(source, quant)
-    formats = to_make or (source.formats if quant != PLAIN else {})
+    """Bytes of the weights that `load` would make, on this rank; errors as `load`."""
+    return _bytes(*_to_fill(source, quant, group), dtype, device)
+
+
+def _bytes(
+    model: Transformer, formats: Mapping[str, Format], dtype: torch.dtype, device: torch.device
+) -> int:
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if "head" in formats:
         shapes.setdefault("head.weight", model.embed.weight.shape)
@@ -245,24 +308,37 @@ def weight_bytes(
 
 
 def _empty(
-    source: Checkpoint, quant: QuantPlan | str | None
+    source: Checkpoint, quant: QuantPlan | str | None, group: Group
 ) -> tuple[Transformer, dict[str, Format]]:
     """The model to fill, and the formats that its modules are to be rounded to."""
     plan = check_plan(source, quant)
-    model = empty_model(source.config, source.formats if source.is_own else ())
+    try:
+        model = empty_model(source.config, source.formats if source.is_own else (), group)
+    except ValueError as error:
+        raise ValueError(f"{source.folder.name}: {error}") from None
     return model, {} if plan is None else plan.formats(model)
 
 
+def _to_fill(
+    source: Checkpoint, quant: QuantPlan | str | None, group: Group
+) -> tuple[Transformer, Mapping[str, Format]]:
+    """The model to fill, and the formats that its modules will have."""
+    model, to_make = _empty(source, quant, group)
+    return model, to_make or (source.formats if quant != PLAIN else {})
+
+
 def _num_packed_at_once(
-    config: ModelConfig, formats: Mapping[str, Format], device: torch.device, dtype: torch.dtype
+    model: Transformer, formats: Mapping[str, Format], device: torch.device, dtype: torch.dtype
 ) -> int:
     """Bytes that stand in memory twice while a layer's experts are packed for the CPU."""
-    experts = config.experts
-    if experts is None or device.type != "cpu":
+    if device.type != "cpu":
         return 0
-    form = next((f for name, f in formats.items() if name.endswith(".expert_gate_up")), None)
-    each = dtype.itemsize if form is None else form.bytes_per_weight(config.dim)
-    return math.ceil(experts.num_experts * 2 * experts.hidden_dim * config.dim * each)
+    for name, weight in model.named_parameters():
+        if name.endswith(".expert_gate_up.weight"):
+            form = formats.get(name.removesuffix(".weight"))
+            each = dtype.itemsize if form is None else form.bytes_per_weight(weight.size(-1))
+            return math.ceil(weight.numel() * each)
+    return 0
 
 
 def read_parameters(
@@ -288,9 +364,11 @@ def read_parameter(
     device: torch.device,
     keep: bool = True,
     scratch: _Scratch | None = None,
+    group: Group = ALONE,
 ) -> Tensor | QuantizedWeight:
-    """One of our parameters: plain in `dtype`, or as it is stored where `source.formats` says so,
-    unless `keep` is off. What has to be copied lies in `scratch`, if that is given.
+    """One of our parameters, or this rank's share of it, of `shape`: plain in `dtype`, or as it is
+    stored where `source.formats` says so, unless `keep` is off. What has to be copied lies in
+    `scratch`, if that is given.
 
     Where files of our own names have a parameter as it is needed, it is the file's own pages: 1.1 B
     float32 weights load in 0.05 s instead of 0.9, and decode as fast. Other files might be
@@ -298,35 +376,66 @@ def read_parameter(
     """
     files, module = source.tensors, name.removesuffix(".weight")
     kept = torch.float32 if keeps_float32(name) else dtype
-    if module in source.formats and (keep or source.is_own):
-        stored = read_stored(source, module, shape)
+    shard = shard_of(name, source.config, group)
+    if shard.is_elsewhere:
+        return torch.zeros(shape, dtype=kept, device=device)
+    if module in source.formats and keep:
+        stored = read_stored(source, module, shape, shard)
         if stored is not None:
-            stored = stored.to(device)
-            return stored if keep else stored.dequantize(kept)
+            return stored.to(device)
+    elif module in source.formats and source.is_own:
+        return _stored_as_plain(source, module, shape, kept, device, group)
     if source.is_own and isinstance(files, TensorFiles) and device.type == "cpu":
         [own] = source.sources[name].names
-        if DTYPES.get(files.dtype(own)) == kept:
-            return files.mapped(own)
+        block = shard.block(len(shape))
+        if DTYPES.get(files.dtype(own)) == kept and (shard == WHOLE or block is not None):
+            return files.mapped(own, block)
     if scratch is None:
         tensor = torch.empty(shape, dtype=kept, device=device)
     else:
         tensor = scratch.empty(shape, kept)
     with files.reader() as read:
-        source.sources[name].read(tensor, source.config, read)
+        source.sources[name].read(tensor, source.config, read, shard)
     return tensor
 
 
-def read_stored(source: Checkpoint, module: str, shape: tuple[int, ...]) -> QuantizedWeight | None:
-    """A weight as it is stored; None where its parts turn out to have no form in common."""
+def read_stored(
+    source: Checkpoint, module: str, shape: tuple[int, ...], shard: Shard = WHOLE
+) -> QuantizedWeight | None:
+    """A weight, or the shard of `shape` of one, as it is stored; None where its parts turn out to
+    have no form in common.
+    """
     files, place = source.tensors, source.sources[f"{module}.weight"]
     if isinstance(files, QuantizedFiles) and not place.mxfp4:
         with files.quantized_reader() as quantized:
-            return place.read_quantized(shape, source.config, quantized)
+            return place.read_quantized(shape, source.config, quantized, shard)
     with files.reader() as read:
         if place.mxfp4:
-            return place.read_mxfp4(source.config, read)
+            return place.read_mxfp4(source.config, read, shard)
         form, has_order = source.formats[module], order_name(module) in files.names
+        tensor = parts_reader(read, form, len(shape), shard)
         try:
-            return read_weight(module, form, shape[-1], has_order, read)
+            return read_weight(module, form, shape[-1], has_order, tensor)
         except ValueError as error:
             raise ValueError(f"{source.folder}: {error}") from None
+
+
+def _stored_as_plain(
+    source: Checkpoint,
+    module: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+) -> Tensor:
+    """The numbers of a weight that is stored under our names, or of this rank's share of it, of
+    `shape`. Columns are cut when they are plain: then they can be cut anywhere.
+    """
+    shard = shard_of(f"{module}.weight", source.config, group)
+    columns = shard.columns
+    if columns is not None:
+        shape = (*shape[:-1], shape[-1] * group.size)
+    stored = read_stored(source, module, shape, replace(shard, columns=None))
+    assert stored is not None
+    plain = stored.to(device).dequantize(dtype)
+    return plain if columns is None else plain[..., columns.start : columns.stop].contiguous()

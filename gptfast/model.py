@@ -8,6 +8,7 @@ heads, D head size, V vocabulary.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptfast.attention import build_attention
@@ -15,7 +16,9 @@ from gptfast.cache import KVCache, LayerCache
 from gptfast.config import ModelConfig
 from gptfast.experts import Experts
 from gptfast.layers import build_mlp, build_norm
+from gptfast.parallel import ALONE, Group
 from gptfast.rope import Rope
+from gptfast.sampling import first_argmax
 from quantize.formats import Format
 from quantize.grouped import GroupedLinear, PackedGroupedLinear
 from quantize.kernels.cpu import PackedQuantizedGroupedLinear, PackedQuantizedLinear
@@ -42,13 +45,18 @@ GROUPED = (
 class Transformer(nn.Module):
     """Token ids in, float32 logits out. Built without gradients; build it under
     `torch.device("meta")` to load into.
+
+    With a group of several ranks it is this rank's share: `config` has the heads and hidden units
+    of the rank (see sharding.py), embedding and head its part of the vocabulary. Every rank calls
+    it with the same tokens.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: Group = ALONE) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.group = config, group
         self.formats: dict[str, Format] = {}  # module -> what its weight is quantized to
-        self.embed = _table(config.vocab_size, config.dim)
+        self.vocabulary = group.share(config.vocab_size)  # the ids whose rows are here
+        self.embed = _table(len(self.vocabulary), config.dim)
         num_places = config.max_seq_len + config.position_offset
         self.positions = _table(num_places, config.dim) if config.learned_positions else None
         self.embedding_norm = build_norm(config) if config.embedding_norm else None
@@ -58,9 +66,10 @@ class Transformer(nn.Module):
         rotated = config.latent.rope_dim if config.latent else config.head_dim
         self.ropes = nn.ModuleList(Rope(rope, rotated) for rope in distinct)
         self.rope_of = [None if rope is None else distinct.index(rope) for rope in by_layer]
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        layers = range(config.num_layers)
+        self.blocks = nn.ModuleList(Block(config, layer, group) for layer in layers)
         self.norm = build_norm(config)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=config.head_bias)
+        self.head = nn.Linear(config.dim, len(self.vocabulary), bias=config.head_bias)
         self.tie_head()
         self.requires_grad_(False)
 
@@ -135,7 +144,7 @@ class Transformer(nn.Module):
 
     def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads [B, T, dim]."""
-        config, x = self.config, self.embed(tokens)
+        config, x = self.config, self._looked_up(tokens)
         if config.embedding_multiplier != 1:
             # Rounded to the stream's dtype first: so it was when these models were trained.
             x = x * torch.full_like(x[:1, :1, :1], config.embedding_multiplier)
@@ -145,11 +154,48 @@ class Transformer(nn.Module):
             x = x + self.positions(places)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
+    def _looked_up(self, tokens: Tensor) -> Tensor:
+        """Rows of the embedding [B, T, dim]."""
+        if self.group.is_alone:
+            return self.embed(tokens)
+        places = tokens - self.vocabulary.start
+        is_here = (places >= 0) & (places < len(self.vocabulary))
+        rows = self.embed(places.clamp(0, len(self.vocabulary) - 1))
+        return self.group.all_reduce(torch.where(is_here.unsqueeze(-1), rows, 0))
+
     def logits(self, x: Tensor, select: Tensor | None = None) -> Tensor:
         """Hidden [B, T, dim] -> float32 logits [B, N, V] at `select` [B, N] (None: all T)."""
         if select is not None:
             x = x.gather(1, select.unsqueeze(-1).expand(-1, -1, x.size(-1)))  # [B, N, dim]
+        return self.gathered(self.own_logits(x))
+
+    def own_logits(self, x: Tensor) -> Tensor:
+        """Hidden [B, T, dim] -> float32 logits [B, T, len(vocabulary)]."""
         return self.scaled(self.head(self.norm(x)))
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        """Each rank's own logits -> those of all tokens [B, T, V], on every rank."""
+        if self.group.is_alone:
+            return logits
+        most = -(-self.config.vocab_size // self.group.size)
+        parts = self.group.all_gather(F.pad(logits, (0, most - logits.size(-1))))
+        sizes = [len(ids) for ids in self.group.shares(self.config.vocab_size)]
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
+
+    def likeliest(self, logits: Tensor, best: Tensor | None = None) -> Tensor:
+        """Each rank's own logits [B, T, len(vocabulary)], and of each the first of the largest
+        [B, T] where that is known -> the likeliest of all tokens [B, T], ties to the lowest id, on
+        every rank. (Only a number and an id of each rank are exchanged.)
+        """
+        if best is None:
+            best = first_argmax(logits.flatten(0, 1)).view(logits.shape[:2])
+        if self.group.is_alone:
+            return best
+        value = logits.gather(-1, best.unsqueeze(-1)).double()  # which holds any id, too
+        pair = torch.cat((value, (best + self.vocabulary.start).unsqueeze(-1).double()), dim=-1)
+        values, ids = self.group.all_gather(pair).unbind(-1)  # [ranks, B, T]
+        rank = first_argmax(values.flatten(1).t()).view(1, *best.shape)
+        return ids.gather(0, rank)[0].long()
 
     @property
     def scales_logits(self) -> bool:
@@ -167,15 +213,18 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each added to the stream, with norms where the facts have them."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, group: Group = ALONE) -> None:
         super().__init__()
+        self.group = group
         before, behind = config.norms in ("pre", "both"), config.norms in ("post", "both")
         self.attention_norm = build_norm(config) if before else nn.Identity()
-        self.attention = build_attention(config, layer)
+        self.attention = build_attention(config, layer, group)
         self.attention_post_norm = build_norm(config) if behind else nn.Identity()
         self.mlp_norm = build_norm(config) if before and not config.shared_norm else nn.Identity()
         self.is_sparse = config.has_experts(layer)
-        self.mlp = Experts(config) if self.is_sparse else build_mlp(config, config.hidden_dim)
+        self.mlp = (
+            Experts(config, group) if self.is_sparse else build_mlp(config, config.hidden_dim)
+        )
         self.mlp_post_norm = build_norm(config) if behind else nn.Identity()
         self.parallel, self.shared_norm = config.parallel_residual, config.shared_norm
         self.multiplier = config.residual_multiplier
@@ -193,8 +242,8 @@ class Block(nn.Module):
         share one compiled graph.
         """
         normed = self.attention_norm(x)
-        y = self.attention_post_norm(self.attention(normed, positions, cos_sin, cache))
-        attended = torch.add(x, y, alpha=self.multiplier)
+        y = self.group.all_reduce(self.attention(normed, positions, cos_sin, cache))
+        attended = torch.add(x, self.attention_post_norm(y), alpha=self.multiplier)
         if not self.parallel:
             normed = self.mlp_norm(attended)
         elif not self.shared_norm:
@@ -204,6 +253,7 @@ class Block(nn.Module):
             y = self.mlp(normed, is_padding)
         else:
             y = self.mlp(normed)
+        y = self.group.all_reduce(y)
         return torch.add(attended, self.mlp_post_norm(y), alpha=self.multiplier)
 
 

@@ -62,6 +62,18 @@ class QuantPlan:
         return found
 
     @property
+    def names(self) -> list[str | None]:
+        """What `of_names` reads: body, head, embedding, patterns."""
+        forms = (self.body, self.head, self.embedding)
+        return [*(None if form is None else form.name for form in forms), *self.exclude]
+
+    @staticmethod
+    def of_names(names: Sequence[str | None]) -> "QuantPlan":
+        forms = [None if name is None else Format.parse(name) for name in names[:3]]
+        assert forms[0] is not None
+        return QuantPlan(forms[0], forms[1], forms[2], tuple(filter(None, names[3:])))
+
+    @property
     def name(self) -> str:
         """For people: int4-g32, head int8."""
         parts = [self.body.name]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.tensor_files import Tensors, read_json, some
+from gptfast.tensor_files import Index, Read, TensorFiles, Tensors, read_json, some, taken
 from quantize.formats import Format, QuantizedWeight
 from quantize.readers import READERS, Header, Reader, Stored
 
@@ -130,6 +130,11 @@ class QuantizedFiles:
         with self.quantized_reader() as read:
             return read(name)
 
+    @property
+    def bytes_read(self) -> int:
+        """As of TensorFiles; 0 where the tensors are in no such files."""
+        return self._files.bytes_read if isinstance(self._files, TensorFiles) else 0
+
     def is_spare_bias(self, name: str) -> bool:
         """Whether it is a bias of zeros beside a quantized weight: some tools write one for every
         module, also where the model has none.
@@ -138,14 +143,18 @@ class QuantizedFiles:
         return name.endswith(".bias") and weight in self._weights and not self.tensor(name).any()
 
     @contextmanager
-    def reader(self) -> Iterator[Callable[[str], Tensor]]:
+    def reader(self) -> Iterator[Read]:
+        """A function from names to tensors, or to parts of them. A weight that is quantized is read
+        and dequantized whole, whatever part is asked for.
+        """
         with self._files.reader() as read:
 
-            def plain(name: str) -> Tensor:
+            def plain(name: str, index: Index = ()) -> Tensor:
                 if name not in self._weights:
-                    return read(name)
+                    return taken(read, name, index)
                 weight = self._load(name, read)
-                return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+                weight = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+                return weight[index] if index else weight
 
             yield plain
 

@@ -11,10 +11,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gptfast.cache import KVCache
-from gptfast.cached import LARGEST_PIECE, CachedModel
+from gptfast.cached import LARGEST_PIECE, cached_model
 from gptfast.compiler import compile_alone, without_collection
+from gptfast.graphs import Graph, capture
 from gptfast.model import Transformer
+from gptfast.parallel import Group
 from gptfast.sampling import Plan, SamplingParams, SamplingState, probabilities, sample
 
 Results = TypeVar("Results", bound=tuple[Tensor | None, ...])
@@ -36,10 +37,8 @@ class ModelRunner:
         kv_cache_dtype: str = "auto",
     ) -> None:
         self.model, self.device, self.compiled = model, model.device, compile
-        self.cache = KVCache.allocate(
-            model.config, num_rows, max_seq_len, model.dtype, model.device, kv_cache_dtype
-        )
-        self.main = CachedModel(model, self.cache, compile)
+        self.main = cached_model(model.group, model, num_rows, max_seq_len, compile, kv_cache_dtype)
+        self.cache = self.main.cache
         self.sampling = SamplingState(num_rows, model.config.vocab_size, self.device)
         # Of each row the newest token, which no step has read, its place, the token before it, and
         # how many tokens the row may come to.
@@ -47,11 +46,14 @@ class ModelRunner:
         self.positions = torch.full_like(self.tokens, max_seq_len)
         self.previous = torch.zeros_like(self.tokens)
         self.limits = torch.full_like(self.tokens, max_seq_len)
+        # Whether somebody will look at the logits of a greedy step: ranks that share the
+        # vocabulary need not gather them.
+        self.shows_logits = True
         self.compile_s = 0.0
         self._sample: Callable[..., Tensor] = sample
         self._probabilities: Callable[..., Tensor] = probabilities
         self._warm: set[Plan] = set()
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...]]] = {}
+        self._graphs: dict[Hashable, tuple[Graph, tuple[Tensor | None, ...]]] = {}
         if compile:
             self._sample = compile_alone(sample, self.device)
             self._probabilities = compile_alone(probabilities, self.device)
@@ -111,21 +113,23 @@ class ModelRunner:
         return token, logits
 
     def decode(self, num_used: int) -> tuple[Tensor, Tensor]:
-        """One token for every row; idle rows run along -> tokens [B], logits [B, V].
+        """One token for every row; idle rows run along -> tokens [B], logits [B, V] (see
+        `CachedModel.__call__`).
 
         No row holds more than `num_used` tokens when the step begins.
         """
         plan = self.sampling.plan()
         self._warm_up(plan)
         bound = self.main.set_bound(num_used)
-        return self.replay(("decode", plan, bound), lambda: self._decode(plan))
+        key = ("decode", plan, bound, self.needs_logits(plan))
+        return self.replay(key, lambda: self._decode(plan))
 
     def _decode(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """The whole step, from last tokens to next ones, without the host."""
         positions = self.positions[:, 0]
         active = positions < self.cache.max_seq_len
         self.cache.lengths.add_(active)
-        logits, best = self.main(self.tokens, self.positions)
+        logits, best = self.main(self.tokens, self.positions, self.needs_logits(plan))
         logits = logits[:, 0]
         if best is not None and plan == "greedy":
             tokens = best[:, 0]
@@ -149,24 +153,27 @@ class ModelRunner:
         is_rare = plan == "greedy" and self.main.step is not None and self.device.type == "cpu"
         return (sample if is_rare else self._sample)(logits, state, positions, plan)
 
+    def needs_logits(self, plan: Plan) -> bool:
+        """Whether a step of this plan has to bring together more than the largest logits."""
+        return self.model.group.is_alone or plan != "greedy" or self.shows_logits
+
     def probabilities(self, logits: Tensor, plan: Plan) -> Tensor:
         """As `sampling.probabilities`, of all rows."""
         return self._probabilities(logits, self.sampling, plan)
 
-    def replay(self, key: Hashable, function: Callable[[], Results]) -> Results:
+    def replay(
+        self, key: Hashable, function: Callable[[], Results], group: Group | None = None
+    ) -> Results:
         """What `function` returns. On CUDA, compiled, it is one graph for each `key`: captured
         once, then replayed, with results at the same addresses. Capturing runs nothing, so no row
-        is disturbed.
+        is disturbed. `group`: whose ranks all have a part in it (None: the model's).
         """
-        if not (self.compiled and self.device.type == "cuda"):
+        group = self.model.group if group is None else group
+        if not (self.compiled and self.device.type == "cuda") or group.staged:
             return function()
         if key not in self._graphs:
             start = perf_counter()
-            graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream(self.device)
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=stream):
-                captured = function()
-            self._graphs[key] = graph, captured
+            self._graphs[key] = capture(group, self.device, function)
             self.compile_s += perf_counter() - start
         graph, results = self._graphs[key]
         graph.replay()
@@ -198,7 +205,7 @@ class ModelRunner:
             if cache is self.cache:
                 padding = torch.full_like(tokens, cache.max_seq_len)
                 if self.main.step is None:
-                    hidden = self.main.hidden(tokens, padding, cache)
+                    hidden = self.main.hidden(tokens, padding)
                 else:  # so that its kernels are compiled before they are captured
                     self.main(tokens, padding)
             self.draw(self.main.logits(hidden)[:, 0], state, places, plan)

@@ -16,7 +16,9 @@ from gptfast.config import ModelConfig
 from gptfast.device import DTYPES, check_fits
 from gptfast.families import Raw, find_family, model_config
 from gptfast.model import Transformer, fused_rows, keeps_float32
+from gptfast.parallel import ALONE, Group
 from gptfast.quantization import QuantPlan, fill, rounded
+from gptfast.sharding import local_config
 from gptfast.shards import Stored, write_tensors
 from quantize.packing import pack_linears
 
@@ -46,21 +48,23 @@ def random_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     quant: QuantPlan | None = None,
+    group: Group = ALONE,
 ) -> Transformer:
     """A model with random weights, each made directly in its final dtype and place, or rounded to
-    the formats of a plan as it is made.
+    the formats of a plan as it is made; in a group of several ranks a share of that size.
 
     The same seed gives the same numbers on every device. MemoryError says how much was needed.
     """
     device = torch.device(device)
+    sharers = group.local_size if device.type == "cpu" else 1  # of its memory
     check_fits(
-        config.num_parameters * dtype.itemsize,
+        config.num_parameters * dtype.itemsize * sharers // group.size,
         device,
         f"{config.num_parameters:,} random weights in {dtype}",
         "use a smaller dtype or shape",
     )
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(local_config(config, group), group)
     weights = random_weights(model, dtype, device, seed)
     formats = {} if quant is None else quant.formats(model)
     fill(model, rounded(weights, formats, config.tied_head, search=False), dtype)

@@ -6,13 +6,16 @@ Knows names and shapes; knows no file format and no model family.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptfast.config import ModelConfig
+from gptfast.sharding import WHOLE, Shard, why_not_ordered
+from gptfast.tensor_files import Read, taken
 from quantize.formats import QuantizedWeight
-from quantize.mxfp4 import dequantize_mxfp4
+from quantize.mxfp4 import BLOCK_SIZE, dequantize_mxfp4
 from quantize.readers import mxfp4_weight
 
 Order = Callable[[ModelConfig], Tensor]
@@ -66,55 +69,89 @@ class Source:
                 found[name] = tuple(needed)
         return found
 
-    def read(self, target: Tensor, config: ModelConfig, tensor: Callable[[str], Tensor]) -> None:
-        """Fills `target` from the tensors that `tensor` gives by name, converting as it copies."""
+    def read(self, target: Tensor, config: ModelConfig, tensor: Read, shard: Shard = WHOLE) -> None:
+        """Fills `target`, the shard of a parameter, from the tensors that `tensor` gives by name,
+        converting as it copies.
+        """
         order = None if self.order is None else self.order(config)
         if self.mxfp4:
-            blocks, scales = map(tensor, self.names)
-            for entry, *packed in zip(target, blocks, scales, strict=True):
-                weight = dequantize_mxfp4(*(part.to(target.device) for part in packed))
-                entry.copy_(weight if order is None else weight[order])
+            self._read_mxfp4_as_plain(target, order, tensor, shard)
             return
         entries = target if self.is_split else (target,)
-        for entry, names in zip(entries, self._groups(tuple(target.shape)), strict=True):
-            start = 0
-            for name in names:
-                theirs = tensor(name)
-                theirs = theirs.transpose(-1, -2) if self.transposed else theirs
-                if order is not None:
-                    theirs = theirs.index_select(self._rows_dim(theirs.shape), order)
-                if len(names) == 1:
-                    entry.copy_(theirs)
-                else:
-                    entry[start : start + theirs.size(0)].copy_(theirs)
-                    start += theirs.size(0)
+        inner = replace(shard, entries=None) if self.is_split else shard
+        for entry, names in zip(entries, self._groups(tuple(target.shape), shard), strict=True):
+            start, dim = 0, self._dim_of_rows(entry.dim(), shard)
+            for name, part in zip(names, _of_each(names, inner), strict=True):
+                for theirs in self._taken(name, entry.dim(), order, tensor, part):
+                    entry.narrow(dim, start, theirs.size(dim)).copy_(theirs)
+                    start += theirs.size(dim)
+            assert start == entry.size(dim)
+
+    def _taken(
+        self, name: str, num_dims: int, order: Tensor | None, tensor: Read, shard: Shard
+    ) -> Iterator[Tensor]:
+        """The shard of one of their tensors, laid out as ours, a range of rows after the other."""
+        near, rows = (shard, None) if order is None else _around(shard, order)
+        for index in near.indices(num_dims):
+            if self.transposed and index:
+                whole = (*index, *[slice(None)] * (num_dims - len(index)))
+                index = (*whole[:-2], whole[-1], whole[-2])
+            theirs = taken(tensor, name, index)
+            theirs = theirs.transpose(-1, -2) if self.transposed else theirs
+            if rows is not None:
+                theirs = theirs.index_select(self._dim_of_rows(num_dims, shard), rows)
+            yield theirs
+
+    def _read_mxfp4_as_plain(
+        self, target: Tensor, order: Tensor | None, tensor: Read, shard: Shard
+    ) -> None:
+        blocks, scales, rows = self._mxfp4_parts(order, tensor, shard)
+        start = 0 if shard.columns is None else shard.columns.start % BLOCK_SIZE
+        for entry, *packed in zip(target, blocks, scales, strict=True):
+            weight = dequantize_mxfp4(*(part.to(target.device) for part in packed))
+            weight = weight if rows is None else weight[rows]
+            entry.copy_(weight.narrow(-1, start, entry.size(-1)))
+
+    def _mxfp4_parts(
+        self, order: Tensor | None, tensor: Read, shard: Shard
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Blocks and scales that a shard lies in, and which of their rows it is (None: all)."""
+        near, rows = _around(shard, order)
+        [index] = near.in_groups(BLOCK_SIZE).indices(3)
+        blocks, scales = (taken(tensor, name, index) for name in self.names)
+        return blocks, scales, rows
 
     def read_quantized(
         self,
         shape: tuple[int, ...],
         config: ModelConfig,
         quantized: Callable[[str], QuantizedWeight],
+        shard: Shard = WHOLE,
     ) -> QuantizedWeight | None:
-        """The stored form of a weight of `shape`, of which `quantized` gives the parts by name;
-        None where they have no form in common.
+        """The stored form of a weight, or of a shard, of `shape`; None where the parts, which
+        `quantized` gives by name, have no form in common. Parts are read whole, then cut.
         """
         order = None if self.order is None else self.order(config)
         entries = []
-        for names in self._groups(shape):
-            parts = [quantized(name) for name in names]
+        for names in self._groups(shape, shard):
+            each = zip(names, _of_each(names, shard), strict=True)
+            parts = [_rows(quantized(name), order, part) for name, part in each]
             if not QuantizedWeight.can_join(parts):
                 return None
-            weight = QuantizedWeight.join(parts)
-            entries.append(weight if order is None else weight.rows(order))
+            entries.append(_columns(QuantizedWeight.join(parts), shard, names[0]))
         if not self.is_split:
             return entries[0]
         return QuantizedWeight.stack(entries) if QuantizedWeight.can_join(entries) else None
 
-    def read_mxfp4(self, config: ModelConfig, tensor: Callable[[str], Tensor]) -> QuantizedWeight:
-        """A weight in that format, as it is stored."""
+    def read_mxfp4(
+        self, config: ModelConfig, tensor: Read, shard: Shard = WHOLE
+    ) -> QuantizedWeight:
+        """A weight in that format, or a shard of whole blocks, as it is stored."""
         assert self.mxfp4
-        weight = mxfp4_weight(*map(tensor, self.names))
-        return weight if self.order is None else weight.rows(self.order(config))
+        order = None if self.order is None else self.order(config)
+        blocks, scales, rows = self._mxfp4_parts(order, tensor, shard)
+        weight = mxfp4_weight(blocks, scales)
+        return weight if rows is None else weight.rows(rows)
 
     def write(
         self, ours: Tensor, config: ModelConfig, parts: tuple[int, ...] | None
@@ -131,11 +168,11 @@ class Source:
                     piece = piece.index_select(self._rows_dim(piece.shape), order)
                 yield name, (piece.transpose(-1, -2) if self.transposed else piece).contiguous()
 
-    def _groups(self, shape: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
+    def _groups(self, shape: tuple[int, ...], shard: Shard = WHOLE) -> Iterator[tuple[str, ...]]:
         if not self.is_split:
             yield self.names
             return
-        for entry in range(shape[0]):
+        for entry in shard.entries or range(shape[0]):
             yield tuple(name.replace("{e}", str(entry)) for name in self.names)
 
     def _parts(self, shape: tuple[int, ...], parts: tuple[int, ...] | None) -> list[int]:
@@ -146,6 +183,43 @@ class Source:
 
     def _rows_dim(self, shape: Sequence[int]) -> int:
         return max(0, len(shape) + self.rows_dim)
+
+    def _dim_of_rows(self, num_dims: int, shard: Shard) -> int:
+        return max(0, num_dims + (self.rows_dim if shard.rows is None else shard.rows_dim))
+
+
+def _of_each(names: Sequence[str], shard: Shard) -> list[Shard]:
+    """What is held of each of the tensors that stand one below the other."""
+    return [shard] if len(names) == 1 else [shard.part(number) for number in range(len(names))]
+
+
+def _around(shard: Shard, order: Tensor | None) -> tuple[Shard, Tensor | None]:
+    """The rows from the first to the last that a shard needs of theirs, and which of these are its
+    own, in its order (None: all, as they are).
+    """
+    if shard.rows is None:
+        return shard, order
+    rows = shard.row_numbers if order is None else order[shard.row_numbers]
+    first, end = int(rows.min()), int(rows.max()) + 1
+    return replace(shard, parts=(end,), rows=(range(first, end),)), rows - first
+
+
+def _rows(weight: QuantizedWeight, order: Tensor | None, shard: Shard) -> QuantizedWeight:
+    rows = order
+    if shard.rows is not None:
+        rows = shard.row_numbers if order is None else order[shard.row_numbers]
+    return weight if rows is None else weight.rows(rows)
+
+
+def _columns(weight: QuantizedWeight, shard: Shard, name: str) -> QuantizedWeight:
+    """In memory of their own."""
+    if shard.columns is None:
+        return weight
+    if weight.order is not None:
+        raise ValueError(why_not_ordered(name))
+    weight = weight.columns(shard.columns.start, shard.columns.stop)
+    parts: dict[str, Any] = {part: numbers.clone() for part, numbers in weight.tensors.items()}
+    return replace(weight, **parts)
 
 
 Names = Mapping[str, tuple[Source, ...]]  # ours -> the alternatives, the usual one first

@@ -175,7 +175,8 @@ class SpeculationStats:
 @dataclass
 class RunStats:
     """Several requests together, with what only the whole run knows. Bytes per token: one decode
-    step's weights and used cache, over the rows that share the step.
+    step's weights and used cache, over the rows that share the step. Of several processes that
+    share a model (`num_ranks`), bytes are those of each.
     """
 
     requests: Sequence[RequestStats]
@@ -187,6 +188,7 @@ class RunStats:
     peak_memory_bytes: int
     device_bandwidth: float | None = None
     speculation: SpeculationStats | None = None
+    num_ranks: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         gaps = [gap for request in self.requests for gap in request.gaps_s]
@@ -213,6 +215,7 @@ class RunStats:
             "peak_memory_bytes": self.peak_memory_bytes,
             "load_s": self.load_s,
             "compile_s": self.compile_s,
+            "num_ranks": self.num_ranks,
             "speculation": self.speculation and self.speculation.as_dict(),
         }
 

@@ -6,12 +6,15 @@ Knows names and formats; knows no files and no model.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptfast.sharding import WHOLE, Shard
 from gptfast.shards import Stored
+from gptfast.tensor_files import Read, taken
 from quantize.formats import Format, QuantizedWeight
 
 QUANT_METHOD = "gptfast"
@@ -111,6 +114,28 @@ def read_weight(
     return QuantizedWeight(
         form, num_columns, values, scales, zeros[0] if zeros else None, order
     ).check()
+
+
+def parts_reader(read: Read, form: Format, num_dims: int, shard: Shard) -> Callable[[str], Tensor]:
+    """For `read_weight`: the shard of the tensors of a weight of that many dimensions, whose
+    columns are whole groups.
+    """
+
+    def tensor(name: str) -> Tensor:
+        part = name.rpartition(".")[2]
+        held = shard
+        if part == PARTS["order"]:
+            held = WHOLE
+        elif part == PARTS["values"]:
+            held = shard.in_groups(2 if form.in_nibbles else 1)
+        elif form.group_size is not None:
+            held = shard.in_groups(form.group_size)
+        else:
+            held = replace(shard, columns=None)
+        pieces = [taken(read, name, index) for index in held.indices(num_dims)]
+        return (torch.cat(pieces, dim=-2) if len(pieces) > 1 else pieces[0]).contiguous()
+
+    return tensor
 
 
 def tensors_of(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:

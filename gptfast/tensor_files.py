@@ -20,6 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+# From a name to a tensor, or with an Index (a slice of each of its first dimensions) to a part.
+Index = tuple[slice, ...]
+Read = Callable[..., Tensor]
+
 MADV_POPULATE_READ = 22  # Python does not name it
 AHEAD_BYTES = 16 << 20  # asked for at once
 # As safetensors spells them.
@@ -67,10 +71,13 @@ class Tensors(Protocol):
 
 
 class TensorFiles:
-    """All tensors of a folder, whichever file they are in, or those of some `files` of it."""
+    """All tensors of a folder, whichever file they are in, or those of some `files` of it.
+    `bytes_read` counts what was asked for so far, of tensors and parts of them.
+    """
 
     def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
+        self.bytes_read, self._counting = 0, threading.Lock()
         paths = _weight_files(folder) if files is None else files
         self._files = {path: _open(path) for path in paths}
         self._file_of: dict[str, Path] = {}
@@ -100,14 +107,21 @@ class TensorFiles:
         with self.reader() as read:
             return read(name)
 
-    def mapped(self, name: str) -> Tensor:
-        """The tensor where it lies in its file, read into memory but not copied; what is written to
-        it stays in this process. The file may be replaced meanwhile, not overwritten.
+    def mapped(self, name: str, block: range | None = None) -> Tensor:
+        """The tensor, or a block of its first dimension, where it lies in its file, read into
+        memory but not copied; what is written to it stays in this process. The file may be replaced
+        meanwhile, not overwritten.
         """
         start, end = self._places[name]
-        dtype = DTYPES[self.dtype(name)]
+        dtype, shape = DTYPES[self.dtype(name)], self.shape(name)
+        if block is not None:
+            each = (end - start) // shape[0]
+            start, end = start + block.start * each, start + block.stop * each
+            shape = (len(block), *shape[1:])
         if start % dtype.itemsize:
-            return self.tensor(name).clone()
+            with self.reader() as read:
+                index = () if block is None else (slice(block.start, block.stop),)
+                return read(name, index).clone()
         page = start - start % mmap.ALLOCATIONGRANULARITY
         # A map for each tensor: its pages are given up with it.
         with self._file_of[name].open("rb") as file:
@@ -118,7 +132,8 @@ class TensorFiles:
                 pages.madvise(MADV_POPULATE_READ)
         count = (end - start) // dtype.itemsize
         flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=start - page)
-        return flat.view(self.shape(name))
+        self._count(end - start)
+        return flat.view(shape)
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
@@ -135,8 +150,8 @@ class TensorFiles:
         return places
 
     @contextmanager
-    def reader(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function from names to tensors, for a few of them.
+    def reader(self) -> Iterator[Read]:
+        """A function from names to tensors, or to parts of them, for a few of them.
 
         It opens files of its own, because the pages that were read through a file stay resident
         until it is closed: loading 1.1 B bf16 weights peaked at 4.7 GB instead of 2.5, and no
@@ -144,13 +159,26 @@ class TensorFiles:
         """
         opened: dict[Path, Any] = {}
 
-        def read(name: str) -> Tensor:
+        def read(name: str, index: Index = ()) -> Tensor:
             path = self._file_of[name]
             if path not in opened:
                 opened[path] = _open(path)
-            return opened[path].get_tensor(name)
+            # Both are views of mapped pages: only what is used of them is read.
+            file = opened[path]
+            tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+            self._count(tensor.nbytes)
+            return tensor
 
         yield read
+
+    def _count(self, num_bytes: int) -> None:
+        with self._counting:  # several threads read
+            self.bytes_read += num_bytes
+
+
+def taken(read: Read, name: str, index: Index) -> Tensor:
+    """A tensor or a part of it. Only TensorFiles, and what is made of them, give parts."""
+    return read(name, index) if index else read(name)
 
 
 def read_ahead(folder: Path) -> None:

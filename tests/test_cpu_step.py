@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +18,25 @@ import pytest
 import torch
 from family_cases import CASES, raw_config
 from test_kernels import SCORINGS
+from test_shared_memory import memories_of, together
 
 from gptfast.cache import KVCache
+from gptfast.config import ModelConfig
 from gptfast.engine import Engine
 from gptfast.families import model_config
-from gptfast.fused import FusedStep, fused_step, why_no_step
+from gptfast.fused import FusedStep, _parts, fused_step, why_no_step
 from gptfast.kernels.attention import _has_kernel, attention, attention_reference
-from gptfast.kernels.cpu_step import STEP
+from gptfast.kernels.cpu_step import STEP, CpuStep
 from gptfast.kernels.rounding import round_vectors
+from gptfast.kernels.shared_memory import PIECE_BYTES, SharedMemory, why_not
 from gptfast.model import Transformer
+from gptfast.parallel import ALONE, Group
 from gptfast.quantization import quant_plan
 from gptfast.sampling import SamplingParams
 from gptfast.shapes import random_model
 from quantize.kernels.build import cache_folder
 from quantize.packed import PackedLinear
+from quantize.packing import pack_linears
 
 pytestmark = pytest.mark.skipif(
     STEP.load() is None, reason=f"needs the built kernels: {STEP.why_not()}"
@@ -418,8 +425,6 @@ def test_steps_are_refused_what_they_are_not_for() -> None:
 
 
 def replace_activation(step: FusedStep):
-    from gptfast.fused import _parts
-
     [parts, *_] = _parts(step.model)
     return replace(parts, activation="tanh")
 
@@ -493,6 +498,196 @@ def test_steps_in_two_threads() -> None:
         assert torch.equal(found, run(model))
 
 
+# -- several ranks, here as threads of one process --
+
+
+def local_model(
+    whole: dict[str, torch.Tensor], config: ModelConfig, dtype: torch.dtype, group: Group
+) -> Transformer:
+    """What a rank has of a model, from all its parameters: heads, hidden units and rows of the
+    vocabulary, and biases of sums on the first rank only.
+    """
+    size, rank = group.size, group.rank
+    heads, kv_heads = config.num_heads // size, max(config.num_kv_heads // size, 1)
+    model = Transformer(
+        replace(
+            config,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            hidden_dim=config.hidden_dim // size,
+            alibi=config.alibi[rank * heads : (rank + 1) * heads],
+        ),
+        group,
+    )
+    for name, parameter in model.named_parameters():
+        value = whole[name]
+        if "attention.qkv." in name:
+            q, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+            shared_by = max(size // config.num_kv_heads, 1)  # so many ranks have the same one
+            q, k, v = value.split((q, kv_rows, kv_rows))
+            k, v = (t.chunk(size // shared_by)[rank // shared_by] for t in (k, v))
+            value = torch.cat((q.chunk(size)[rank], k, v))
+        elif ".gate_up." in name:
+            value = torch.cat([half.chunk(size)[rank] for half in value.chunk(2)])
+        elif ".mlp.up." in name or name.startswith(("embed.", "head.")):
+            value = value.chunk(size)[rank]
+        elif ".out.weight" in name or ".down.weight" in name:
+            value = value.chunk(size, dim=1)[rank]
+        elif ".out.bias" in name or ".down.bias" in name:
+            value = value if rank == 0 else torch.zeros_like(value)
+        parameter.data = value.clone()
+    model = model.to(dtype)
+    model.tie_head()
+    pack_linears(model, dtype)
+    return model.eval()
+
+
+class Ranks:
+    """The models of all ranks, and the whole one."""
+
+    def __init__(self, name: str, size: int, dtype: torch.dtype = torch.float32) -> None:
+        if (reason := why_not()) is not None:
+            pytest.skip(reason)
+        config = model_config(raw_config(name))
+        weights = dict(model_of(name).named_parameters())
+        weights["head.weight"] = weights.get("head.weight", weights["embed.weight"])
+        whole = {name: w + 0.1 * torch.randn_like(w) for name, w in weights.items()}
+        if config.tied_head:
+            whole["head.weight"] = whole["embed.weight"]
+        self.memories = memories_of(size, PIECE_BYTES)
+        groups = [Group(rank, size, shared=m.handle) for rank, m in enumerate(self.memories)]
+        self.whole = local_model(whole, config, dtype, ALONE)
+        self.models = [local_model(whole, config, dtype, group) for group in groups]
+
+    def each(
+        self, run: Callable[[int], torch.Tensor], threads: Sequence[int] = (1, 1, 1, 1)
+    ) -> list[torch.Tensor]:
+        """run(rank) of all ranks at the same time, each with so many threads of its own."""
+        before = torch.get_num_threads()
+
+        def alone(rank: int) -> torch.Tensor:
+            torch.set_num_threads(threads[rank])
+            return run(rank)
+
+        try:
+            return together(self.memories, alone)
+        finally:
+            torch.set_num_threads(before)
+
+
+def logits_of(model: Transformer, fused: bool) -> torch.Tensor:
+    """Of steps of one and of several tokens behind a prompt, in three rows, the last step with an
+    idle one: [3, 7, part of the vocabulary].
+    """
+    tokens = torch.randint(3, 90, (3, 37), generator=torch.Generator().manual_seed(1))
+    cache, found = KVCache.allocate(model.config, 3, SPARE, model.dtype), []
+    cache.lengths.fill_(40)
+    model.hidden(tokens[:, :30], torch.arange(30).expand(3, 30), cache)
+    step = FusedStep(model, cache) if fused else None
+    for start, stop in ((30, 31), (31, 32), (32, 36), (36, 37)):
+        positions = torch.arange(start, stop).repeat(3, 1)
+        if start == 36:
+            positions[1] = SPARE
+        if step is None:
+            logits = model.own_logits(model.hidden(tokens[:, start:stop], positions, cache))
+        else:
+            logits, best = step(tokens[:, start:stop], positions)
+            assert best is None or torch.equal(best, logits.argmax(-1))
+        found.append(logits)
+    found[-1][1] = 0
+    return torch.cat(found, dim=1)
+
+
+SHARED_OUT = (
+    "llama-biases-tied granite-biases phi-gqa-qk-norm falcon-40b gpt_neox-parallel "
+    "gemma2-softcaps-window gpt2-tied bloom-4-heads"
+).split()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_ranks_equal_the_whole(name: str, size: int) -> None:
+    """And their own blocks, whose sums they form in the same places."""
+    ranks = Ranks(name, size)
+    fused = torch.cat(ranks.each(lambda rank: logits_of(ranks.models[rank], True)), dim=-1)
+    blocks = torch.cat(ranks.each(lambda rank: logits_of(ranks.models[rank], False)), dim=-1)
+    for expected in (logits_of(ranks.whole, True), blocks):
+        torch.testing.assert_close(fused, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2-softcaps-window", "falcon-7b", "gpt2-tied"])
+def test_ranks_in_bfloat16_equal_the_whole(name: str) -> None:
+    """Each rank's part is rounded, and so is their sum."""
+    ranks = Ranks(name, 2, torch.bfloat16)
+    fused = torch.cat(ranks.each(lambda rank: logits_of(ranks.models[rank], True)), dim=-1)
+    blocks = torch.cat(ranks.each(lambda rank: logits_of(ranks.models[rank], False)), dim=-1)
+    for expected in (logits_of(ranks.whole, True), blocks):
+        assert (fused - expected).abs().max() < 0.06 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_have_the_same_bits_in_any_threads_and_company(dtype: torch.dtype) -> None:
+    ranks = Ranks("llama-gqa", 2, dtype)
+    tokens = torch.randint(3, 90, (1, 48))
+
+    def run(rank: int, rows: int, size: int) -> torch.Tensor:
+        """Logits of the middle row, which has the tokens, read `size` at a time."""
+        cache = KVCache.allocate(ranks.models[rank].config, rows, SPARE, dtype)
+        step = FusedStep(ranks.models[rank], cache)
+        others = torch.randint(3, 90, (rows, 48), generator=torch.Generator().manual_seed(rows))
+        others[rows // 2] = tokens
+        found = [
+            step(others[:, i : i + size], torch.arange(i, i + size).repeat(rows, 1))[0][rows // 2]
+            for i in range(0, 48, size)
+        ]
+        return torch.cat(found)
+
+    expected = ranks.each(lambda rank: run(rank, 1, 1))
+    for rows, size, threads in ((1, 1, (3, 2)), (1, 16, (1, 4)), (5, 3, (2, 1)), (16, 1, (3, 3))):
+        found = ranks.each(lambda rank: run(rank, rows, size), threads)  # noqa: B023
+        assert all(map(torch.equal, found, expected)), (rows, size, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_rank_that_ends_ends_the_steps_of_others(threads: int) -> None:
+    ranks = Ranks("llama-gqa", 2)
+
+    def run(rank: int) -> torch.Tensor:
+        if rank == 1:
+            time.sleep(0.05)
+            ranks.memories[rank].abort()
+            return torch.zeros(0)
+        model = ranks.models[rank]
+        step = FusedStep(model, KVCache.allocate(model.config, 1, 40, model.dtype))
+        x, places = torch.zeros(1, 1, model.config.dim), torch.tensor([[0]])
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="another rank has ended"):
+                step.step(x, places, step.turns, True)
+        return x
+
+    ranks.each(run, (threads, threads))
+
+
+def test_ranks_that_share_too_little() -> None:
+    ranks = Ranks("llama-gqa", 2)
+    model = ranks.models[0]
+    model.group = Group(0, 2)
+    assert why_no_step(model) == "its ranks share no memory"
+    memory = SharedMemory.create(1, piece_bytes=4096)
+    step = CpuStep(torch.float32, memory.handle)
+    for parts in _parts(ranks.whole):
+        assert parts is not None
+        keys, values = torch.zeros(2, 16, parts.num_kv_heads, 8, parts.head_dim)
+        step.add_block(parts, None, keys, values, None, None)
+    wide = torch.nn.Linear(1025, 4)
+    step.set_head(_parts(ranks.whole)[0].attention_norm, wide)
+    with pytest.raises(ValueError, match="share 4096 bytes each cannot add up 4100"):
+        step(torch.zeros(1, 1, 1025), torch.zeros(1, 1, dtype=torch.int64), [], True)
+
+
 def test_built_libraries_may_be_moved(tmp_path: Path) -> None:
     """`gptfast cache load` puts them elsewhere: nothing is compiled again there."""
     shutil.copytree(cache_folder(), tmp_path / "kernels")
@@ -506,7 +701,7 @@ def test_built_libraries_may_be_moved(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_processor_without_avx512(tmp_path: Path) -> None:
     """The same tests, but for packed bfloat16 weights, which have no kernel there."""
-    chosen = "attention or scorings or quantized or families or eight_bits or why"
+    chosen = "attention or scorings or quantized or families or eight_bits or why or ranks_equal"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     subprocess.run(
         [*command, "-k", f"({chosen}) and not avx512 and not equals"],

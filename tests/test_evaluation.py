@@ -35,6 +35,7 @@ from gptfast.evaluation import (
 )
 from gptfast.llm import LLM
 from gptfast.model import Transformer
+from gptfast.parallel import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,16 @@ class Bigram:
         self.table = torch.tensor(table)
         tiny_llama(folder, vocab_size=len(table))
         self.config, _ = read_config(folder)
-        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.dtype, self.device, self.group = torch.float32, torch.device("cpu"), ALONE
 
-    def hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, cache: KVCache, *_: Any) -> Tensor:
         return tokens.unsqueeze(-1)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def own_logits(self, x: Tensor) -> Tensor:
         return self.table.log()[x.squeeze(-1)] + 3.0  # a softmax takes the constant away
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        return logits
 
 
 def as_model(bigram: Bigram) -> Transformer:
@@ -282,13 +286,13 @@ def test_pieces_are_the_whole(
     whole, sizes = score(llm.model, mixed()), []
     monkeypatch.setattr(reading, "LARGEST_PIECE", piece)
     monkeypatch.setattr(reading, "LOGITS_BYTES", num_bytes)
-    logits = llm.model.logits
+    logits = llm.model.own_logits
 
     def spy(x: Tensor) -> Tensor:
         sizes.append(x.size(1))
         return logits(x)
 
-    monkeypatch.setattr(llm.model, "logits", spy)
+    monkeypatch.setattr(llm.model, "own_logits", spy)
     for found, expected in zip(score(llm.model, mixed()), whole, strict=True):
         torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
     assert max(sizes) * 96 * 4 <= num_bytes
@@ -307,10 +311,10 @@ def test_the_cache_says_how_far_it_is_filled(llm: LLM, monkeypatch: pytest.Monke
     """What devices that cannot look at positions read: up to the piece's end, not all slots."""
     hidden, bounds = llm.model.hidden, []
 
-    def spy(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    def spy(tokens: Tensor, positions: Tensor, cache: KVCache, *rest: Any) -> Tensor:
         bounds.append(int(cache.bound))
         assert cache.lengths.tolist() == [60]
-        return hidden(tokens, positions, cache)
+        return hidden(tokens, positions, cache, *rest)
 
     monkeypatch.setattr(reading, "LARGEST_PIECE", 25)
     monkeypatch.setattr(llm.model, "hidden", spy)
@@ -524,7 +528,7 @@ def test_what_cannot_be_scored(llm: LLM, window: Window, batch_size: int, words:
 
 
 def test_a_cache_that_does_not_fit(llm: LLM, ids: list[int], monkeypatch: Any) -> None:
-    monkeypatch.setattr("gptfast.device.free_memory", lambda device: 1000)
+    monkeypatch.setattr("gptfast.capacity.free_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="a cache of 4 x 63 tokens needs"):
         score(llm.model, strided(ids, 64, 32), batch_size=8)
 

@@ -4,12 +4,14 @@ the same tokens as the CPU, graphs that replay without copies.
 All of it is skipped where there is no CUDA device.
 """
 
+import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from family_cases import CASES, raw_config
+from ranks import run_ranks
 from test_kernels import SCORINGS
 from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor, nn
@@ -379,3 +381,118 @@ def test_a_stop_in_the_middle_leaves_nothing_behind(tmp_path: Path):
     first = full.index(full[10])
     assert output.token_ids == full[: first + 1] and output.finish_reason == "stop"
     assert llm.generate([[1, 2, 3]], GREEDY)[0].token_ids == full
+
+
+# -- ranks: what one GPU can show of several --
+
+# A group of one GPU, over NCCL: both ways to sum, called, compiled, captured and measured.
+ONE_RANK = """
+import torch
+import torch.distributed as dist
+from gptfast.kernels.symmetric import choose_all_reduce, device_all_reduce
+from gptfast.parallel import Group
+
+device = torch.device("cuda", 0)
+torch.cuda.set_device(device)
+dist.init_process_group("cpu:gloo,cuda:nccl")
+name = dist.group.WORLD.group_name
+compiled = torch.compile(lambda x: device_all_reduce(x * 2, name), fullgraph=True)
+for chosen in (False, True):
+    if chosen:
+        print(choose_all_reduce(Group(name=name), 4096, torch.bfloat16, device))
+    for rows in (1, 16, 40):
+        x = torch.randn(rows, 4096, device=device).bfloat16()
+        assert torch.equal(device_all_reduce(x, name), x)
+        assert torch.equal(compiled(x), x * 2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            y = device_all_reduce(x, name)
+        for number in (1.0, 2.0):
+            x.fill_(number)
+            graph.replay()
+            assert torch.equal(y, x)
+        graph.reset()  # or the group does not end
+dist.destroy_process_group()
+"""
+# Two ranks with memory of one GPU, which take turns on it.
+TWO_RANKS = """
+import torch
+import torch.distributed as dist
+from gptfast.kernels.symmetric import SymmetricReduce
+
+device = torch.device("cuda", 0)
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+try:
+    reduce = SymmetricReduce.start(dist.group.WORLD.group_name, device, 1 << 18)
+except ValueError as error:
+    print("no symmetric memory:", error)
+    raise SystemExit
+for dtype in (torch.float32, torch.bfloat16):
+    for shape in ((1, 4096), (3, 50), (16, 2048)):
+        torch.manual_seed(1)
+        steps = torch.randn(5, size, *shape, device=device).to(dtype)
+        x = steps[0, rank].clone()
+        reduce(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            y = reduce(x)
+        for parts in steps:
+            x.copy_(parts[rank])
+            graph.replay()
+            torch.testing.assert_close(y, parts[0] + parts[1], rtol=1e-2, atol=1e-6)
+            assert torch.equal(reduce(x), y)
+torch.cuda.synchronize()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "gemma-2-2b", "pythia-1.4b", "gpt2"])
+def test_a_block_with_sums_over_ranks_equals_the_fused_block(shape):
+    """Of one rank: the residual is added apart, and what is summed is rounded."""
+    model = one_layer(shape, None)
+    config = model.config
+    rope = None if model.rope_of[0] is None else model.ropes[model.rope_of[0]]
+    parts = block_parts(model.blocks[0], 0 if rope is None else rope.dim)
+    positions = torch.tensor([[0], [40], [7]], device=DEVICE)
+    x = torch.randn(3, 1, config.dim, device=DEVICE).to(BF16)
+    turn = None if rope is None else rope(positions, positions[:, 0] + 1)
+    results = []
+    for reduce in (None, torch.clone):
+        cache = KVCache.allocate(config, 3, 64, BF16, DEVICE)
+        results.append(decode_block(parts, x, positions, turn, cache.layers[0], False, reduce))
+    expected, found = results
+    assert relative_error(found - x, expected - x) < 0.02
+
+
+def test_one_rank_sums_by_itself_and_ends():
+    """In both ways. A group ends when no graph holds its sums any more: else this would wait."""
+    [said] = run_ranks(1, ["-c", ONE_RANK])
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("all-reduce: ")
+    print(said.stdout)
+
+
+def test_two_ranks_sum_in_symmetric_memory():
+    every = run_ranks(2, ["-c", TWO_RANKS], env={"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"})
+    assert all(said.returncode == 0 for said in every), every[0].stderr + every[1].stderr
+    if "no symmetric memory" in every[0].stdout:
+        pytest.skip(every[0].stdout)
+
+
+@pytest.mark.parametrize("options", [[], ["--compile"]], ids=str)
+def test_two_ranks_on_one_gpu_say_what_one_process_says(tmp_path: Path, options):
+    """Sums go through the host (GPTFAST_STAGED=1), so that nothing is missing but NCCL and graphs
+    over it.
+    """
+    model = ["--model", str(tiny_llama(tmp_path)), "--device", DEVICE, "--dtype", "fp32"]
+    request = ["--prompt-ids", "5,6,7", "--temperature", "0", "--max-new-tokens", "20", "--json"]
+    command = ["-m", "gptfast", "generate", *model, *request, *options]
+    found = []
+    for size in (1, 2):
+        first, *others = run_ranks(size, command, env={"GPTFAST_STAGED": "1"})
+        assert first.returncode == 0, first.stderr
+        assert all(said.returncode == 0 and said.stdout == "" for said in others)
+        found.append(json.loads(first.stdout)["outputs"][0]["token_ids"])
+    assert found[0] == found[1] and found[0]

@@ -501,7 +501,8 @@ def test_run_stats_have_the_names_that_bench_prints(llm: LLM) -> None:
         list(stats)
         == (
             "prompt_tokens new_tokens decode_tok_s prefill_tok_s ttft_s itl_p50_ms itl_p99_ms "
-            "bytes_per_token bandwidth_gb_s bandwidth_fraction peak_memory_bytes load_s compile_s"
+            "bytes_per_token bandwidth_gb_s bandwidth_fraction peak_memory_bytes load_s compile_s "
+            "num_ranks"
         ).split()
     )
     assert stats["prompt_tokens"] == 5 and stats["new_tokens"] == 40 and stats["compile_s"] == 0

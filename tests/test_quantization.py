@@ -50,6 +50,14 @@ def rounded_by_hand(folder: Path, plan: QuantPlan) -> Transformer:
     return model
 
 
+def test_plans_go_to_other_processes_as_names() -> None:
+    for plan in (
+        quant_plan("int4", 64, "int8", "int8-g32", ["mlp.down", "blocks.0.*"]),
+        quant_plan("int8", head="none"),
+    ):
+        assert QuantPlan.of_names(json.loads(json.dumps(plan.names))) == plan
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_loads_quantized_and_is_read_back(tmp_path: Path, name: str) -> None:
     """Quantized while loading = quantized into a folder and loaded = rounded by hand."""

@@ -258,7 +258,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """
     keys: list[Any] = []
 
-    def replay(self: ModelRunner, key: Any, function: Callable[[], Any]) -> Any:
+    def replay(self: ModelRunner, key: Any, function: Callable[[], Any], group: Any = None) -> Any:
         graphs = self.__dict__.setdefault("graphs", {})
         if key not in graphs:
             keys.append(key)

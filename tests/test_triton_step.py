@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -30,17 +33,21 @@ from gptfast.kernels.cuda_attention import (
     why_no_attention,
     write_heads,
 )
-from gptfast.kernels.cuda_step import CudaStep, decode_block, why_not
+from gptfast.kernels.cuda_step import CudaStep, Reduce, decode_block, why_not
 from gptfast.kernels.parts import BlockParts, Norm
 from gptfast.kernels.rounding import round_vectors
 from gptfast.layers import RMSNorm
 from gptfast.model import Transformer
+from gptfast.parallel import Group
 from gptfast.rope import rotate
 from gptfast.shapes import random_model
+from gptfast.sharding import local_config, shard_of
 from quantize.formats import Format
 from quantize.kernels.cuda import CudaLinear, CudaQuantizedLinear
 from quantize.linear import QuantizedLinear
 from quantize.rounding import round_to_nearest
+
+Results = TypeVar("Results")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_SLOTS = 200
@@ -536,3 +543,113 @@ def test_the_step_compiles_for_hopper(tmp_path: Path) -> None:
         assert kernel["shared"] <= 227 << 10, f"a multiprocessor has less: {kernel}"
         if kernel["kernel"] == "attend_parts" and "fp32" not in kernel["case"]:
             assert {"mma.sync", "cp.async.cg"} < kernel.keys(), f"slow instructions: {kernel}"
+
+
+# -- a share of the heads and hidden units --
+
+
+class Lockstep:
+    """Ranks in threads, of which one runs at a time (Triton's interpreter has one grid in all). A
+    rank goes on behind a sum when all have given their part.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.given: list[list[Tensor]] = [[] for _ in range(size)]
+        self._turn, self._all_given = threading.Lock(), threading.Barrier(size)
+
+    def reduce(self, rank: int, x: Tensor) -> Tensor:
+        """The sum of what every rank gives as its n-th."""
+        self.given[rank].append(x)
+        number = len(self.given[rank]) - 1
+        self._turn.release()
+        try:
+            self._all_given.wait(timeout=60)
+        finally:
+            self._turn.acquire()
+        return torch.stack([given[number] for given in self.given]).sum(0)
+
+    def run(self, function: Callable[[int], Results]) -> list[Results]:
+        """What `function(rank)` returns."""
+
+        def in_turn(rank: int) -> Results:
+            try:
+                with self._turn:
+                    return function(rank)
+            except BaseException:
+                self._all_given.abort()
+                raise
+
+        with ThreadPoolExecutor(len(self.given)) as pool:
+            return list(pool.map(in_turn, range(len(self.given))))
+
+
+def share_of(whole: Transformer, group: Group) -> Transformer:
+    """What a rank has of a model."""
+    found = Transformer(local_config(whole.config, group), group)
+    parameters = dict(whole.named_parameters(remove_duplicate=False))
+    for name, parameter in found.named_parameters(remove_duplicate=False):
+        shard, full = shard_of(name, whole.config, group), parameters[name]
+        held = [full[index] for index in shard.indices(full.dim())]
+        part = held[0] if len(held) == 1 else torch.cat(held, shard.rows_dim)
+        parameter.copy_(torch.zeros_like(part) if shard.is_elsewhere else part)
+    return found
+
+
+def step_logits(model: Transformer, xs: list[Tensor], reduce: Reduce | None) -> list[Tensor]:
+    """Logits [B, T, V] of this model's rows of the head, for a text x that begins and a token
+    behind it.
+    """
+    cache = KVCache.allocate(model.config, xs[0].size(0), 40, torch.float32)
+    step = CudaStep(reduce)
+    for parts, rope, layer in zip(step_parts(model), model.rope_of, cache.layers, strict=True):
+        assert layer.values is not None
+        step.add_block(parts, rope, layer.keys, layer.values, None, None)
+    norm = norm_facts(model.norm)
+    assert norm is not None
+    step.set_head(norm, CudaLinear(model.head))
+    found, start = [], 0
+    for x in xs:
+        positions = (start + torch.arange(x.size(1))).expand(x.shape[:2]).contiguous()
+        start += x.size(1)
+        cache.lengths.fill_(start)
+        turns = [rope(torch.arange(41).unsqueeze(0), cache.lengths) for rope in model.ropes]
+        found.append(model.scaled(step(x, positions, turns, True)[0]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("llama-gqa", 4),  # more than key/value heads
+        ("gemma2-softcaps-window", 2),
+        ("granite-multipliers", 2),
+        ("gpt_neox-parallel", 2),
+        ("gpt2-tied", 2),
+    ],
+)
+@torch.no_grad()
+def test_ranks_together_are_the_model(name: str, size: int) -> None:
+    """Each with its heads, hidden units and rows of the head, and two sums a block."""
+    model = tiny_model(name)
+    tokens, positions = torch.randint(3, model.config.vocab_size, (1, 3)), torch.arange(3)[None]
+    expected, embedded = model(tokens, positions), model.embedded(tokens, positions)
+    shares = [share_of(model, Group(rank, size)) for rank in range(size)]
+    lockstep = Lockstep(size)
+    found = lockstep.run(
+        lambda rank: step_logits(
+            shares[rank], list(embedded.split((2, 1), 1)), partial(lockstep.reduce, rank)
+        )
+    )
+    for logits, exact in zip(zip(*found, strict=True), expected.split((2, 1), 1), strict=True):
+        torch.testing.assert_close(torch.cat(logits, -1), exact, rtol=5e-5, atol=5e-5)
+    shapes = [list(x.shape) for x in lockstep.given[0]]
+    num_sums = 2 * model.config.num_layers
+    assert shapes == [[2, model.config.dim]] * num_sums + [[1, model.config.dim]] * num_sums
+
+
+@torch.no_grad()
+def test_a_sum_over_one_rank_changes_nothing() -> None:
+    model = tiny_model("granite-multipliers")
+    x = [torch.randn(1, 1, model.config.dim)]
+    [expected], [found] = (step_logits(model, x, reduce) for reduce in (None, lambda y: y))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gptfast import __version__
+from gptfast.launch import num_ranks
 
 # name: (module, one line of help)
 COMMANDS = {
@@ -27,6 +28,8 @@ COMMANDS = {
     "info": ("gptfast.commands.info", "show a model's facts, size and memory needs"),
     "cache": ("gptfast.commands.cache", "what is compiled: show, save to a file, load, clear"),
 }
+# Those that torchrun may start several processes of.
+PARALLEL = ("generate", "chat", "bench", "eval")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -38,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     A ValueError, OSError or MemoryError is the user's, and so is torch running out of memory: one
     line on stderr and exit code 2, or the traceback where GPTFAST_TRACEBACK=1. Every other
     exception is a defect and passes through.
+
+    Of several processes that torchrun has started, that of rank 0 does all this; the others do what
+    it needs of them, and print nothing.
     """
     try:
         try:
-            return _dispatch(list(sys.argv[1:] if argv is None else argv))
+            return _as_rank(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()  # here, so that a closed pipe is met inside this try
     except KeyboardInterrupt:
@@ -58,6 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
+def _as_rank(arguments: list[str]) -> int:
+    if num_ranks() == 1:
+        return _dispatch(arguments)
+    from gptfast.follower import follow  # imports torch
+    from gptfast.parallel import finish, start
+
+    group = start()
+    try:
+        if group.rank == 0:
+            return _dispatch(arguments)
+        follow(group)
+        return 0
+    finally:
+        finish()
+
+
 def _dispatch(arguments: list[str]) -> int:
     if not arguments:
         print(_overview(), file=sys.stderr)
@@ -71,6 +93,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; use one of: {', '.join(COMMANDS)}")
+    if name not in PARALLEL and num_ranks() > 1:
+        raise ValueError(f"{name} runs in one process; start it without torchrun")
     module_name, description = COMMANDS[name]
     parser = _Parser(prog=f"gptfast {name}", description=description, allow_abbrev=False)
     module = importlib.import_module(module_name)

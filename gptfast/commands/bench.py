@@ -31,6 +31,7 @@ from gptfast.commands.contest import (
 from gptfast.commands.options import (
     add_model_options,
     add_run_options,
+    chosen_group,
     chosen_quant,
     note,
     progress_bar,
@@ -41,16 +42,11 @@ from gptfast.config import ModelConfig
 from gptfast.device import format_bytes, parse_device, parse_dtype
 from gptfast.families import model_config
 from gptfast.hub import DEFAULT_MODEL, find_model
-from gptfast.loading import check_plan, load
+from gptfast.joint import load_model, random_shape
+from gptfast.launch import num_ranks
+from gptfast.loading import check_plan
 from gptfast.model import Transformer
-from gptfast.quantization import QuantPlan
-from gptfast.shapes import (
-    SHAPES,
-    random_model,
-    shape_config,
-    shape_dtype,
-    write_random_checkpoint,
-)
+from gptfast.shapes import SHAPES, shape_config, shape_dtype, write_random_checkpoint
 from gptfast.stats import read_bandwidth
 
 DEFAULT_PREFILL_TOKENS, DEFAULT_NEW_TOKENS = 512, 128
@@ -105,6 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.shape and args.model != DEFAULT_MODEL:
         raise ValueError("--model and --shape cannot be given together")
+    if args.peer and num_ranks() > 1:
+        raise ValueError("--peer runs beside one process; start it without torchrun")
     if args.num_layers and not args.shape:
         raise ValueError("--num-layers shortens a --shape; a model has the layers that it has")
     set_threads(args)
@@ -140,27 +138,28 @@ def _subject(args: argparse.Namespace, device: torch.device) -> Iterator[_Subjec
     read the same ones.
     """
     asked, quant = parse_dtype(args.dtype), chosen_quant(args)
+    group = chosen_group(args)
     if not args.shape:
         folder = find_model(args.model, args.revision)
         source = inspect(folder)
         check_plan(source, quant)
         dtype = asked or source.dtype
-        make = partial(load, folder, dtype, device, progress_bar, quant)
+        make = partial(load_model, group, source, dtype, device, progress_bar, quant)
         yield _Subject(folder.name, source.config, dtype, make, folder)
         return
     raw, dtype = shape_config(args.shape, args.num_layers), shape_dtype(asked)
     config = model_config(raw)
     name = args.shape if args.num_layers is None else f"{args.shape}, {args.num_layers} layers"
     if not args.peer:
-        plan = quant if isinstance(quant, QuantPlan) else None
-        make = partial(random_model, config, dtype, device, quant=plan)
+        make = partial(random_shape, group, args.shape, args.num_layers, dtype, device, quant)
         yield _Subject(name, config, dtype, make, None)
         return
     with tempfile.TemporaryDirectory(prefix="gptfast-bench-") as temporary:
         note(f"Writing random weights to {temporary}, for all engines to read")
-        write_random_checkpoint(raw, Path(temporary), dtype)
-        make = partial(load, Path(temporary), dtype, device, progress_bar, quant)
-        yield _Subject(name, config, dtype, make, Path(temporary))
+        folder = Path(temporary)
+        write_random_checkpoint(raw, folder, dtype)
+        make = partial(load_model, group, inspect(folder), dtype, device, progress_bar, quant)
+        yield _Subject(name, config, dtype, make, folder)
 
 
 def _work(args: argparse.Namespace, config: ModelConfig) -> Work:
@@ -235,6 +234,7 @@ def _header(
         "device": str(device),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
+        "ranks": num_ranks(),
         "torch": torch.__version__,
         "commit": commit(),
     }
@@ -242,13 +242,14 @@ def _header(
 
 def _table(header: dict[str, Any], figures: dict[str, dict[str, Any]]) -> list[str]:
     widths = {title: max(8, len(title)) for title in COLUMNS}
+    ranks = f"{header['ranks']} ranks of " if header["ranks"] > 1 else ""
     first = max(map(len, figures))
     cache = header["kv_cache_dtype"]
     rows = [
         f"{header['model']} ({header['weights']} weights, {header['parameters']:,} parameters), "
         f"{header['dtype']}, {'compiled' if header['compile'] else 'eager'}"
         f"{'' if cache == 'auto' else f', keys and values {cache}'}",
-        f"{header['device_name']}, {header['threads']} threads, torch {header['torch']}, "
+        f"{header['device_name']}, {ranks}{header['threads']} threads, torch {header['torch']}, "
         f"commit {header['commit']}",
         f"{header['batch_size']} x {header['new_tokens']} tokens after {header['prompt_tokens']}, "
         f"prefill of {header['prefill_tokens']}; medians of {header['rounds']} rounds",
@@ -262,8 +263,10 @@ def _table(header: dict[str, Any], figures: dict[str, dict[str, Any]]) -> list[s
         rows.append(" ".join([name.ljust(first), *cells]))
     own = figures["gptfast"]
     rows.append(
-        f"{format_bytes(own['bytes_per_token'])} read per token; "
-        f"the device reads {own['read_bandwidth_gb_s']:.1f} GB/s"
+        f"{format_bytes(own['bytes_per_token'])} read per token"
+        f"{' by each rank' if ranks else ''}; "
+        f"{'one rank alone' if ranks else 'the device'} reads "
+        f"{own['read_bandwidth_gb_s']:.1f} GB/s"
     )
     return rows
 

@@ -19,6 +19,7 @@ import torch
 from gptfast import __version__
 from gptfast.device import peak_memory
 from gptfast.engine import Engine
+from gptfast.joint import choose_sums
 from gptfast.model import Transformer
 from gptfast.sampling import SamplingParams
 from gptfast.stats import DecodeCounters, RequestStats, RunStats
@@ -111,6 +112,7 @@ class Gptfast:
     ) -> None:
         start = perf_counter()
         self.model = load()
+        choose_sums(self.model.group, self.model)
         self.load_s = perf_counter() - start
         self.engine = Engine(self.model, num_rows, max_seq_len, compile, kv_cache_dtype)
         self.engine.runner.warm_up([_greedy(1)])

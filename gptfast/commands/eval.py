@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gptfast.calibration import SEPARATOR
-from gptfast.checkpoint import read_config
+from gptfast.checkpoint import inspect, read_config
 from gptfast.commands.harness import Answers, Tasks
 from gptfast.commands.options import (
     add_model_options,
@@ -41,8 +41,8 @@ from gptfast.evaluation import (
     token_lengths,
 )
 from gptfast.hub import find_model
+from gptfast.joint import load_model
 from gptfast.llm import LLM
-from gptfast.loading import load
 from gptfast.model import Transformer
 from gptfast.tokenizer import Tokenizer, load_tokenizer
 
@@ -283,7 +283,7 @@ def _load_reference(
             "text; only models with the same tokens can be compared"
         )
     dtype = args.reference_dtype or "auto"
-    return load(folder, dtype, llm.engine.device, progress_bar)
+    return load_model(llm.group, inspect(folder), dtype, llm.engine.device, progress_bar)
 
 
 # --- what is printed ---

@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
             outputs, interrupted = [*outputs, *interruption.outputs], True
     requests = [output.stats for output in outputs if output.token_ids]
     stats = llm.run_stats(requests)
-    stats.device_bandwidth = read_bandwidth(llm.engine.device)
+    if llm.group.is_alone or llm.engine.device.type == "cuda":  # ranks of a host share its memory's
+        stats.device_bandwidth = read_bandwidth(llm.engine.device)
     if args.json:
         print(json.dumps({"outputs": [_as_json(o) for o in outputs], "stats": stats.as_dict()}))
     else:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from gptfast.cache import KV_CACHE_DTYPES
 from gptfast.device import DTYPES
 from gptfast.hub import DEFAULT_MODEL
 from gptfast.llm import LLM
+from gptfast.parallel import Group, start
 from gptfast.quantization import PLAIN, QuantPlan, quant_plan
 from gptfast.sampling import SamplingParams
 
@@ -49,7 +51,9 @@ def add_quant_options(group: Any) -> None:
         "int4-g64-asym, int8-dynamic, int4-dynamic (8-bit activations too), fp8; none: plain "
         "numbers of a quantized checkpoint",
     )
-    group.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale")
+    group.add_argument(
+        "--group-size", type=int, metavar="N", help="weights that share a scale; -1: a whole row"
+    )
     group.add_argument("--quant-head", metavar="FORMAT", help="of the head; default: int8; or none")
     group.add_argument(
         "--quant-embedding", metavar="FORMAT", help="of the embedding; default: none"
@@ -78,6 +82,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         choices=list(KV_CACHE_DTYPES),
         help="what keys and values are stored as, int8 and fp8 with a scale for each head and "
         "position; default: as --dtype says",
+    )
+    group.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="the number of processes that share the model; it is torchrun's to start them "
+        "(torchrun --standalone --nproc-per-node N), this only checks",
+    )
+    group.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="with several processes: each has whole experts, not a share of every expert",
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
 
@@ -180,6 +196,11 @@ def chosen_quant(args: argparse.Namespace) -> QuantPlan | str | None:
     return quant_plan(args.quant, *details[:3], exclude=args.quant_exclude)
 
 
+def chosen_group(args: argparse.Namespace) -> Group:
+    """The processes that share the model: ALONE where torchrun has started none."""
+    return replace(start(args.tensor_parallel_size), by_expert=args.expert_parallel)
+
+
 def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
     """The model that the options ask for, with its draft where the command has these options."""
     set_threads(args)
@@ -196,6 +217,8 @@ def load_llm(args: argparse.Namespace, batch_size: int) -> LLM:
         draft=getattr(args, "draft", None),
         speculate_k=getattr(args, "speculate_k", None),
         draft_quant=getattr(args, "draft_quant", None),
+        tensor_parallel_size=args.tensor_parallel_size,
+        expert_parallel=args.expert_parallel,
         progress=progress_bar,
     )
 
@@ -211,12 +234,18 @@ def note_loaded(args: argparse.Namespace, llm: LLM) -> None:
         f"Loaded {llm.folder.name}: {config.num_parameters:,} parameters, "
         f"{', '.join(kinds)} on {llm.engine.device}"
     )
+    if not llm.group.is_alone:
+        note(f"Tensor parallel: {llm.group.text(llm.engine.device)}")
     if args.kv_cache_dtype != "auto":
         note(f"Keys and values are stored as {args.kv_cache_dtype}")
     for line in llm.notes:
         note(line)
     if llm.draft is not None:
-        note(f"Draft: {llm.draft.text}")
+        model, ranks = llm.draft.model, llm.group.size
+        where = "" if model is None or ranks == 1 else f", on each of {ranks} ranks"
+        if where and model is not None and model.group.is_alone:
+            where = ", on rank 0 alone"
+        note(f"Draft: {llm.draft.text}{where}")
     if llm.left_out:
         note(f"Left out, because it is no language model: {llm.left_out}")
     note(f"Time to load model: {llm.load_s:.2f} seconds")

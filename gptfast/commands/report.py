@@ -30,7 +30,8 @@ def summary_lines(stats: RunStats) -> list[str]:
     lines = ["=========="]
     if numbers["decode_tok_s"]:
         lines.append(f"Average tokens/sec: {numbers['decode_tok_s']:.2f}")
-    lines.append(f"Memory used: {format_bytes(numbers['peak_memory_bytes'])}")
+    ranks = f" on each of {stats.num_ranks} ranks" if stats.num_ranks > 1 else ""
+    lines.append(f"Memory used: {format_bytes(numbers['peak_memory_bytes'])}{ranks}")
     if numbers["ttft_s"] is not None:
         cached = sum(request.num_cached_tokens for request in stats.requests)
         reused = f", {cached} of them from the cache" if cached else ""
@@ -46,7 +47,7 @@ def summary_lines(stats: RunStats) -> list[str]:
         )
         lines.append(
             f"Bandwidth achieved: {numbers['bandwidth_gb_s']:.2f} GB/s "
-            f"({format_bytes(numbers['bytes_per_token'])} read per token)"
+            f"({format_bytes(numbers['bytes_per_token'])} read per token){ranks}"
             + (
                 f", {numbers['bandwidth_fraction']:.0%} of what was measured here"
                 if numbers["bandwidth_fraction"]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptfast.cache import KVCache, cache_bytes_per_token, parse_kv_cache_dtype
-from gptfast.cached import LARGEST_PIECE
+from gptfast.cache import cache_bytes_per_token, parse_kv_cache_dtype
+from gptfast.cached import LARGEST_PIECE, CachedModel, cached_model
+from gptfast.capacity import common_free_memory
 from gptfast.checkpoint import Progress
 from gptfast.device import check_fits
 from gptfast.evaluation.windows import Window
@@ -33,14 +34,13 @@ class Reader:
     model: Transformer
     kv_cache_dtype: str = "auto"
 
-    def new_cache(self, lengths: Sequence[int], num_slots: int) -> KVCache:
-        """An empty cache with a row for a text of each length."""
-        model, config, rows = self.model, self.model.config, len(lengths)
-        cache = KVCache.allocate(
-            config, rows, num_slots, model.dtype, model.device, self.kv_cache_dtype
-        )
-        cache.lengths.copy_(torch.tensor(lengths).clamp(max=config.max_seq_len))
-        return cache
+    def begin(self, lengths: Sequence[int], num_slots: int) -> CachedModel:
+        """The model over an empty cache with a row for a text of each length."""
+        model, rows = self.model, len(lengths)
+        how = (False, self.kv_cache_dtype, False)
+        begun = cached_model(model.group, model, rows, num_slots, *how)
+        begun.cache.lengths.copy_(torch.tensor(lengths).clamp(max=model.config.max_seq_len))
+        return begun
 
     def check(self, windows: Sequence[Window], batch_size: int) -> None:
         """ValueError or MemoryError where a window cannot be read."""
@@ -66,6 +66,7 @@ class Reader:
             model.device,
             f"a cache of {rows} x {most} tokens",
             "lower the window or the batch size",
+            common_free_memory(model.group, str(model.device)),
         )
 
 
@@ -123,20 +124,20 @@ def _values(
     """(rows [n], places [n] of the inputs, numbers [C, n]) of every part, on the CPU."""
     model = readers[0].model
     device, size = model.device, max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
-    caches = [reader.new_cache(rows.lengths, rows.num_inputs) for reader in readers]
+    models = [reader.begin(rows.lengths, rows.num_inputs) for reader in readers]
     for start in range(0, rows.num_inputs, LARGEST_PIECE):
         piece = slice(start, min(start + LARGEST_PIECE, rows.num_inputs))
         tokens, positions = (t[:, piece].to(device) for t in (rows.tokens, rows.positions))
         hidden = []
-        for reader, cache in zip(readers, caches, strict=True):
-            cache.bound.fill_(piece.stop)
-            hidden.append(reader.model.hidden(tokens, positions, cache))
+        for each in models:
+            each.cache.bound.fill_(piece.stop)
+            hidden.append(each.hidden(tokens, positions))
         for part in rows.predicts[:, piece].nonzero().split(size):  # [n, 2]
             row, place = part.unbind(1)
             at = row.to(device), place.to(device)
             logits = [
-                reader.model.logits(x[at].unsqueeze(0))[0]
-                for reader, x in zip(readers, hidden, strict=True)
+                each.logits(x[at].unsqueeze(0), compiled=False)[0]
+                for each, x in zip(models, hidden, strict=True)
             ]
             targets = rows.tokens[row, start + place + 1].to(device)
             values = torch.stack([column.float() for column in reduce(logits, targets)])

@@ -1,5 +1,7 @@
 // The parts of a decode step, in the order in which `Block` of model.py has them. Every part is a
-// loop over tokens or over units of a weight that threads share; between parts they wait.
+// loop over tokens or over units of a weight that threads share; between parts they wait. In a
+// group of ranks each has some heads and hidden units of every block, and they wait for each other
+// where these are added up.
 //
 // Numbers are rounded to the model's type where the tensors of model.py would hold them.
 #include <immintrin.h>
@@ -213,6 +215,7 @@ struct Step::Worker {
   const int64_t num_rows, num_tokens;
   const std::vector<Turns>& turns;
   size_t phase = 0;
+  int64_t round = step.ranks ? step.ranks->round : 0;  // in which ranks have added up the latest
 
   int64_t count() const { return num_rows * num_tokens; }
   char* at(std::vector<char>& rows, int64_t m, int64_t width) const {
@@ -243,6 +246,26 @@ struct Step::Worker {
     share([&](int64_t first, int64_t last) { linear.product->run(first, last, y); });
   }
 
+  // To y, of which the ranks' sum is wanted. A rank says its part as soon as it is there, before any
+  // of its threads waits for another's: so no order in which they come can stop them.
+  void multiply_part(const Linear& linear) {
+    if (!step.ranks) return multiply(linear, step.y.data());
+    ++round;
+    multiply(linear, step.ranks->place(step.ranks->rank, round));
+    step.ranks->publish(round, shared::Kind::sum, count() * linear.product->num_rows * size_of(step.type));
+  }
+
+  // Row m of y.
+  char* summed(int64_t m, int64_t dim) {
+    char* y = at(step.y, m, dim);
+    if (!step.ranks) return y;
+    // After an abort nonsense is computed to the end, where `run` says so.
+    if (step.ranks->wait_for_all(round, shared::Kind::sum, count() * dim * size_of(step.type))) {
+      step.ranks->sum(round, step.type, m * dim, dim, y);
+    }
+    return y;
+  }
+
   void fetch(const Product& product) const {
     const int64_t begin = product.num_units * thread / num_threads * product.unit_bytes;
     const int64_t end = product.num_units * (thread + 1) / num_threads * product.unit_bytes;
@@ -264,7 +287,7 @@ struct Step::Worker {
 
   // x += multiplier * norm(y), of one token.
   void add(const Norm& norm, float multiplier, int64_t m, int64_t dim) {
-    char* y = at(step.y, m, dim);
+    char* y = summed(m, dim);
     if (!norm.weight.empty()) apply(norm, step.type, y, dim, y);
     add_to(step.type, at(step.x, m, dim), y, dim, multiplier);
   }
@@ -289,7 +312,7 @@ struct Step::Worker {
       attention.finish(m, type, block.slots, block.scoring, row);
       block.out.product->set_row(m, row);
     });
-    multiply(block.out, step.y.data());
+    multiply_part(block.out);
     each_token(&block.up, [&](int64_t m) {
       char* x = at(step.x, m, dim);
       const Norm& norm = block.shared_norm ? block.attention_norm : block.mlp_norm;
@@ -303,7 +326,7 @@ struct Step::Worker {
       activate(block, type, row, block.down.product->num_columns, row);
       block.down.product->set_row(m, row);
     });
-    multiply(block.down, step.y.data());
+    multiply_part(block.down);
   }
 
   // Head `h` of a token's queries, keys and values: normed, rotated, and to where it belongs.
@@ -366,6 +389,7 @@ struct Step::Worker {
 void Step::run(const void* from, const int64_t* positions, int64_t num_rows, int64_t num_tokens,
                const std::vector<Turns>& turns, int num_threads, float* logits, int64_t* best) {
   prepare(positions, num_rows, num_tokens, num_threads);
+  if (ranks && !ranks->wait_for_place(ranks->round + 1)) ranks->check();
   std::memcpy(x.data(), from,
               num_rows * num_tokens * head.product->num_columns * size_of(type));
   const auto work = [&](int thread) {
@@ -378,6 +402,10 @@ void Step::run(const void* from, const int64_t* positions, int64_t num_rows, int
 #else
   work(0);
 #endif
+  if (ranks) {
+    ranks->round += 2 * blocks.size();
+    ranks->check();
+  }
 }
 
 Attention& Step::attention_of(int64_t window) {

@@ -19,7 +19,7 @@ from quantize.kernels.build import LINEAR, Library
 from quantize.kernels.cpu import PackedQuantizedLinear
 from quantize.packed import PackedLinear, packed_weight
 
-SOURCES = ("step.cpp", "blocks.cpp", "attend.cpp", "prompt.cpp")
+SOURCES = ("step.cpp", "blocks.cpp", "attend.cpp", "prompt.cpp", "shared.cpp")
 STEP = Library("decode_step", Path(__file__).parent, SOURCES, needs=LINEAR)
 MAX_TOKENS = 16
 LARGEST_ROTATION = 1024
@@ -33,11 +33,15 @@ class CpuStep:
 
     Weights are read where they lie; norms and biases are copied: a model that is loaded anew needs
     a new step.
+
+    `shared`, where it is not -1: the handle of the SharedMemory of ranks that each have some heads
+    and hidden units of every block. What their blocks give is added up as `shared_all_reduce` does
+    it, and each has logits of its own part of the vocabulary. RuntimeError where one ends.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, shared: int = -1) -> None:
         self.dtype = dtype
-        self._number = torch.ops.gptfast.new_step(dtype == torch.float32)
+        self._number = torch.ops.gptfast.new_step(dtype == torch.float32, shared)
         # Not at the end of the process, where a thread may still be in a step.
         weakref.finalize(self, torch.ops.gptfast.free_step, self._number).atexit = False
         self._held: list[object] = []  # what the step points into

@@ -1,6 +1,7 @@
 """A whole decode step on CUDA, all blocks and the head. A block is seven kernels (four linears that
 take norm, activation and residual along, heads into the cache, attention in two), two more where
-norms stand behind.
+norms stand behind. Where ranks share the work, two sums over ranks come between, and the residual
+behind each.
 
 Its meaning is `Transformer.hidden` and the head of it: for the same tokens it writes the same keys
 and values and returns the same logits, but for the order in which sums are added up. Between 1 and
@@ -8,7 +9,7 @@ and values and returns the same logits, but for the order in which sums are adde
 device, so a step is one CUDA graph for all lengths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ from quantize.kernels.cuda import (
 )
 
 CosSin = tuple[Tensor, Tensor]
+Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,13 @@ class _Layer:
 class CudaStep:
     """All blocks and the head. Blocks are added in their order, each with its layer's keys and
     values, and the head at the end; `why_not` and `why_no_linear` of them say nothing.
+
+    `reduce` sums x [M, dim] over the ranks of a group, of which each has some of the heads, hidden
+    units and rows of the head: logits are those of its own rows. None: all are here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reduce: Reduce | None = None) -> None:
+        self._reduce = reduce
         self._blocks: list[tuple[BlockParts, int | None, _Layer]] = []
         self._head: tuple[Norm, nn.Module] | None = None
 
@@ -82,7 +88,7 @@ class CudaStep:
         """
         for parts, rope, layer in self._blocks:
             turn = None if rope is None else turns[rope]
-            x = decode_block(parts, x, positions, turn, layer, by_position)
+            x = decode_block(parts, x, positions, turn, layer, by_position, self._reduce)
         assert self._head is not None
         norm, head = self._head
         return fused_linear(x, head, norm=_spec(norm)).float(), None
@@ -118,12 +124,14 @@ def decode_block(
     cos_sin: CosSin | None,
     cache: Slots,
     by_position: bool = False,
+    reduce: Reduce | None = None,
 ) -> Tensor:
     """What the block makes of x [B, T, dim] at `positions` [B, T], for at most 16 tokens; their
     keys and values are written to the cache. cos and sin are [B, T, 1, R / 2] of the tokens, or
     [1, S + 1, 1, R / 2] of all slots; None without rotation.
 
-    A token's result has the same bits whatever tokens are beside it. Padding is finite.
+    A token's result has the same bits whatever tokens are beside it, if `reduce` (see CudaStep)
+    adds in one order for any number of them. Padding is finite.
     """
     stream = x.flatten(0, 1)  # [M, dim]
     qkv = fused_linear(stream, parts.qkv, norm=_spec(parts.attention_norm))
@@ -144,23 +152,32 @@ def decode_block(
         cache.value_scales,
     )
     y = y.flatten(0, 1).flatten(1)
-    attended = _added(stream, y, parts.out, parts.attention_post_norm, parts.multiplier)
+    attended = _added(stream, y, parts.out, parts.attention_post_norm, parts.multiplier, reduce)
     source, norm = attended, parts.mlp_norm
     if parts.parallel:
         source, norm = stream, parts.attention_norm if parts.shared_norm else parts.mlp_norm
     gate, activation = (parts.activation, None) if parts.is_gated else (None, parts.activation)
     hidden = fused_linear(source, parts.up, norm=_spec(norm), gate=gate, activation=activation)
-    ended = _added(attended, hidden, parts.down, parts.mlp_post_norm, parts.multiplier)
+    ended = _added(attended, hidden, parts.down, parts.mlp_post_norm, parts.multiplier, reduce)
     return ended.view_as(x)
 
 
 def _added(
-    stream: Tensor, y: Tensor, linear: nn.Module, norm: Norm | None, multiplier: float
+    stream: Tensor,
+    y: Tensor,
+    linear: nn.Module,
+    norm: Norm | None,
+    multiplier: float,
+    reduce: Reduce | None,
 ) -> Tensor:
-    """stream + multiplier * norm(linear(y)), all [M, dim]."""
-    if norm is not None:
-        return add_normed(stream, fused_linear(y, linear), norm, multiplier)
-    return fused_linear(y, linear, residual=stream, multiplier=multiplier)
+    """stream + multiplier * norm(reduce(linear(y))), all [M, dim]."""
+    if norm is None and reduce is None:
+        return fused_linear(y, linear, residual=stream, multiplier=multiplier)
+    y = fused_linear(y, linear)
+    y = y if reduce is None else reduce(y)
+    if norm is None:
+        return torch.add(stream, y, alpha=multiplier)
+    return add_normed(stream, y, norm, multiplier)
 
 
 def _spec(norm: Norm | None) -> NormSpec | None:

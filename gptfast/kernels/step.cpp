@@ -130,9 +130,11 @@ Step& step_of(int64_t number) {
   return *found->second;
 }
 
-int64_t new_step(bool is_float32) {
+int64_t new_step(bool is_float32, int64_t ranks) {
+  const auto type = is_float32 ? Number::float32 : Number::bfloat16;
+  const auto memory = ranks < 0 ? nullptr : shared::memory_of(ranks);
   const std::lock_guard lock(mutex);
-  steps[next_number] = std::make_unique<Step>(is_float32 ? Number::float32 : Number::bfloat16);
+  steps[next_number] = std::make_unique<Step>(type, memory);
   return next_number++;
 }
 
@@ -264,6 +266,9 @@ std::tuple<Tensor, Tensor> run_step(int64_t number, const Tensor& x, const Tenso
                     step.blocks.front().slots.num_rows);
   TORCH_CHECK_VALUE(::number(x) == step.type && x.size(2) == step.head.product->num_columns,
                     "x must be of the model's type and width");
+  TORCH_CHECK_VALUE(!step.ranks || x.nbytes() <= step.ranks->piece_bytes, "ranks that share ",
+                    step.ranks ? step.ranks->piece_bytes : 0, " bytes each cannot add up ",
+                    x.nbytes(), "; create their memory with larger pieces");
   const auto options = x.options();
   const Tensor logits =
       at::empty({rows, tokens, step.head.product->num_rows}, options.dtype(at::kFloat));

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "shared.h"
 
 namespace step {
 
@@ -145,8 +146,12 @@ struct Turns {
 
 class Step {
  public:
-  explicit Step(Number number) : type(number) {}
+  // `memory`: of the ranks that each have a part of every block, or null. Their rows of `out` and
+  // `down` are added up; all have to run the step with the same tokens.
+  explicit Step(Number number, std::shared_ptr<shared::Memory> memory)
+      : type(number), ranks(std::move(memory)) {}
   const Number type;
+  const std::shared_ptr<shared::Memory> ranks;
   std::vector<Block> blocks;
   Norm norm;
   Linear head;

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.cache import KVCache, cache_bytes_per_token
-from gptfast.cached import LARGEST_PIECE, CachedModel, common_prefix
+from gptfast.cache import cache_bytes_per_token
+from gptfast.cached import LARGEST_PIECE, cached_beside, cached_model, common_prefix
 from gptfast.device import format_bytes
 from gptfast.model import Transformer
 from gptfast.runner import ModelRunner
@@ -169,19 +169,18 @@ class ModelDrafter:
         self._runner, self._shares_cache = runner, shares_cache
         self.bytes_per_step = model.bytes_per_step
         if shares_cache:
-            cache = KVCache(runner.cache.layers[: len(model.blocks)], runner.cache.lengths)
+            self.model = cached_beside(model.group, runner.main, model)
         else:
-            config, num_rows = model.config, runner.cache.num_rows
-            num_slots = min(runner.cache.max_seq_len, config.max_seq_len)
-            cache = KVCache.allocate(config, num_rows, num_slots, model.dtype, model.device)
-        self.model = CachedModel(model, cache, runner.compiled)
+            num_rows = runner.cache.num_rows
+            num_slots = min(runner.cache.max_seq_len, model.config.max_seq_len)
+            self.model = cached_model(model.group, model, num_rows, num_slots, runner.compiled)
         # Models with one tokenizer may round its size up differently.
         self._last_id = model.config.vocab_size - 1
         self._num_missing = runner.model.config.vocab_size - model.config.vocab_size
         # Of each row, the tokens whose keys its own cache holds, and whether the last round's
         # drafting has left only the newest two unread.
-        self._ids: list[list[int]] = [[] for _ in range(cache.num_rows)]
-        self._follows = [False] * cache.num_rows
+        self._ids: list[list[int]] = [[] for _ in range(runner.cache.num_rows)]
+        self._follows = [False] * runner.cache.num_rows
 
     def start_row(self, row: int, prompt_ids: Sequence[int]) -> None:
         del self._ids[row][common_prefix(self._ids[row], prompt_ids) :]
@@ -234,7 +233,8 @@ class ModelDrafter:
 
     def draft(self, num_tokens: int, plan: Plan, num_used: int) -> tuple[Tensor, Tensor | None]:
         key = ("draft", plan, num_tokens, self.model.set_bound(num_used))
-        return self._runner.replay(key, lambda: self._draft(num_tokens, plan))
+        group = self.model.group  # rank 0 may draft alone
+        return self._runner.replay(key, lambda: self._draft(num_tokens, plan), group)
 
     def _draft(self, num_tokens: int, plan: Plan) -> tuple[Tensor, Tensor | None]:
         runner, state = self._runner, self._runner.sampling
@@ -246,7 +246,8 @@ class ModelDrafter:
             places = torch.cat((self._slots(last - 1, active), places), dim=1)
         drafted, distributions = [], []
         for step in range(1, num_tokens + 1):
-            logits, best = self.model(tokens.clamp(max=self._last_id), places)
+            known = tokens.clamp(max=self._last_id)
+            logits, best = self.model(known, places, plan != "greedy" or self._num_missing > 0)
             if plan != "greedy":
                 odds = runner.probabilities(self._fitted(logits[:, -1].clone()), plan)
                 chosen = draw(odds, uniform(state.seed, last[:, 0] + step, PURPOSE_DRAFT))

@@ -3,25 +3,33 @@
 import copy
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Literal
 
 import torch
 from torch import nn
 
+from gptfast.cached import cached_model
 from gptfast.checkpoint import Checkpoint, Progress, inspect
 from gptfast.hub import find_model
-from gptfast.loading import check_plan, load
+from gptfast.joint import load_model
+from gptfast.loading import check_plan
 from gptfast.model import Transformer
+from gptfast.parallel import ALONE, Group
 from gptfast.quantization import PLAIN, QuantPlan, quant_plan
 from gptfast.speculation.drafts import Draft
+from gptfast.together import together
 from gptfast.tokenizer import Tokenizer, load_tokenizer
 from quantize.formats import Format
 
 NGRAM = "ngram"
 # What is meant for one of ours and is none: a hub id of such a name has an owner.
 UNKNOWN = r"|none|(ngram|layers?|int\d|fp\d|mxfp\d)[^/]*"
+TRIAL_LENGTH = 16  # steps
 
 
 @dataclass(frozen=True)
@@ -41,14 +49,32 @@ class DraftSource:
         if self.kind == "ngram":
             return Draft(self.name, None)
         if self.kind == "layers":
-            return Draft(self.name, _first_layers(target, self.num_layers), shares_cache=True)
+            model = _first_layers(target.group, target, self.num_layers)
+            return Draft(self.name, model, shares_cache=True)
         assert self.checkpoint is not None
         if self.kind == "model":
-            model = load(self.checkpoint, dtype, target.device, progress, self.plan)
-            return Draft(self.name, model)
-        model = load(self.checkpoint, target.dtype, target.device, progress, self.plan)
-        _share(model, target)
+            return Draft(self.name, self._own_model(target, dtype, progress))
+        group, source = target.group, self.checkpoint
+        model = load_model(group, source, target.dtype, target.device, progress, self.plan)
+        _share(group, model, target)
         return Draft(self.name, model, shares_cache=True)
+
+    def _own_model(
+        self, target: Transformer, dtype: str | torch.dtype, progress: Progress
+    ) -> Transformer:
+        """Of several ranks, on rank 0 alone or on all of them: whichever is faster."""
+        assert self.checkpoint is not None
+        found = []
+        groups = (ALONE,) if target.group.is_alone else (ALONE, target.group)
+        for group in groups:
+            try:
+                found.append(
+                    load_model(group, self.checkpoint, dtype, target.device, progress, self.plan)
+                )
+            except (ValueError, MemoryError):
+                if not found and group == groups[-1]:
+                    raise
+        return found[0] if len(found) == 1 else fastest(found)
 
 
 def find_draft(
@@ -130,7 +156,26 @@ def why_other_tokens(
     return None
 
 
-def _first_layers(target: Transformer, number: int) -> Transformer:
+def fastest(models: Sequence[Transformer]) -> Transformer:
+    """Of models that say the same, the one that decodes fastest: medians of rounds in turns."""
+    runs = [cached_model(model.group, model, 1, TRIAL_LENGTH) for model in models]
+    times: list[list[float]] = [[] for _ in runs]
+    with torch.no_grad():
+        for place in range(TRIAL_LENGTH):
+            for run, each in zip(runs, times, strict=True):
+                start = perf_counter()
+                run.set_bound(place + 1)
+                token = torch.zeros(1, 1, dtype=torch.int64, device=run.device)
+                _, best = run(token, token + place, needs_logits=False)
+                token.copy_(token if best is None else best)
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize(run.device)
+                each.append(perf_counter() - start)
+    return min(zip(models, times, strict=True), key=lambda pair: median(pair[1]))[0]
+
+
+@together
+def _first_layers(group: Group, target: Transformer, number: int) -> Transformer:
     """The model that leaves after its first layers. All its parts are the target's."""
     model = copy.copy(target)
     model._modules = dict(target._modules)
@@ -139,7 +184,8 @@ def _first_layers(target: Transformer, number: int) -> Transformer:
     return model
 
 
-def _share(model: Transformer, target: Transformer) -> None:
+@together
+def _share(group: Group, model: Transformer, target: Transformer) -> None:
     """Takes from the target what is the same there: the embedding, a head of the same format."""
     if model.formats.get("embed") == target.formats.get("embed"):
         model.embed, model.positions = target.embed, target.positions

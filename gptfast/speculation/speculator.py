@@ -135,7 +135,8 @@ class Speculator:
         ended = self._mark()
         bound = self._runner.main.set_bound(num_used + k, k + 1)
         # A captured verification reads its drafts where they were then.
-        key = ("verify", plan, k, bound, drafted.data_ptr())
+        gathers = self._runner.needs_logits(plan)
+        key = ("verify", plan, k, bound, drafted.data_ptr(), gathers)
         packed, logits = self._runner.replay(
             key, lambda: self._verify(drafted, distributions, plan)
         )

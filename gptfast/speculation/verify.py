@@ -36,7 +36,7 @@ class Verifier:
         tokens = torch.cat((runner.tokens, drafted.clamp(min=0)), dim=1)
         places = torch.where(active, last + steps, spare).clamp(max=spare)
         runner.cache.lengths.add_(active[:, 0])
-        logits, best = runner.main(tokens, places)
+        logits, best = runner.main(tokens, places, runner.needs_logits(plan))
         new, num_accepted = self._chosen(drafted, distributions, logits, best, plan)
         # A plain step that was under way may have gone beyond the limit.
         room = (runner.limits - (last + 1)).clamp(min=0)
