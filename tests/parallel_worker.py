@@ -57,6 +57,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     if "chat" in job:
         messages = [{"role": "user", "content": job["chat"]}]
         found["answer"] = llm.chat(messages, SamplingParams(**job["params"])).text
+    found["peak"] = llm.run_stats([]).peak_memory_bytes
     found["bytes"], found["context"] = llm.model.bytes_per_step, llm.engine.max_seq_len
     if job.get("keep"):
         kept.append(llm)
@@ -108,6 +109,7 @@ def main(folder: Path) -> None:
         disturb(group)
     if (folder / "poor").exists() and group.rank == 1:
         capacity.free_memory = lambda device: int((folder / "poor").read_text())
+        capacity.peak_memory = lambda device: 10**15  # and it has used most
     if group.rank > 0:
         follow(group)
     else:

@@ -213,7 +213,7 @@ def _processes(
                     stderr=files[-1][1],
                     text=True,
                     start_new_session=True,
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=_begin,
                 )
             )
         yield Ranks(mark, processes, files)
@@ -240,6 +240,8 @@ def _end(mark: str, processes: Sequence[subprocess.Popen[str]]) -> None:
 _libc = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
+def _begin() -> None:
+    # Where the tests run in a shell's background, it is ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -393,6 +393,7 @@ def test_the_poorest_rank_decides_on_the_context(tmp_path: Path) -> None:
     job: Job = {"model": STORY, "llm": {"dtype": "fp32"}}
     found = run(tmp_path, 2, {"job": job, "asked": job | {"llm": {"max_seq_len": 400}}})
     assert found["job"]["context"] == (0.9 * 320_000 - 9 * 2048 - 2048) // 2048
+    assert found["job"]["peak"] == 10**15
     assert "rank" not in found["asked"]["error"] and "400 tokens needs" in found["asked"]["error"]
 
 

@@ -263,6 +263,28 @@ sys.exit(main(sys.argv[1:]))
         assert said[0].stderr.endswith("has ended: RuntimeError: the bearings are too hot\n")
 
 
+def test_a_program_that_goes_on_after_an_error() -> None:
+    """The others have ended with it: what it asks next fails, and does not wait for them."""
+    code = """
+from gptfast import LLM
+from gptfast.cached import CachedModel
+
+llm, step = LLM("storyteller"), CachedModel._step
+CachedModel._step = lambda *_: 1 / 0
+for _ in range(2):
+    try:
+        llm.generate([5, 6, 7])
+    except (ZeroDivisionError, RuntimeError) as error:
+        print(type(error).__name__, error)
+    CachedModel._step = step
+"""
+    first, second = run_ranks(2, ["-c", code])
+    assert first.stdout == (
+        "ZeroDivisionError division by zero\nRuntimeError another rank has ended\n"
+    )
+    assert (first.returncode, second.returncode) == (0, 1)
+
+
 def test_agreed_error() -> None:
     """What one rank alone cannot do while all load is a mistake like others: all end in order."""
     code = """
