@@ -36,7 +36,8 @@ def info(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[s
     assert main(["info", *map(str, arguments), "--device", "cpu", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     printed = {key for key in facts if key in lines}
-    assert facts.keys() - printed <= {*OCCASIONAL.split(), "rope", "local_rope"}
+    occasional = {*OCCASIONAL.split(), "rope", "local_rope", "tensor_parallel_sizes"}
+    assert facts.keys() - printed <= occasional
     return lines, facts
 
 
@@ -84,6 +85,20 @@ def test_windows_and_their_own_rope(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert lines["rope"] == "theta 1000000.0, scaling linear, factor 8.0"
     assert facts["local_rope"]["theta"] == 100.0
     assert "norm_offset True" in lines["facts"] and "windows" not in lines["facts"]
+
+
+def test_how_many_processes_can_share_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_llama(tmp_path / "plain")  # 4 heads, 48 hidden units
+    lines, facts = info(capsys, folder)
+    assert facts["tensor_parallel_sizes"] == [2, 4]
+    assert lines["tensor_parallel_sizes"] == "2, 4 processes can share it"
+    # Groups of 32 columns cannot be cut: of 48 no number of ranks has whole ones.
+    assert main(["quantize", str(folder), str(tmp_path / "int4"), "--method", "rtn"]) == 0
+    capsys.readouterr()
+    lines, facts = info(capsys, tmp_path / "int4")
+    assert facts["tensor_parallel_sizes"] is None and "tensor_parallel_sizes" not in lines
 
 
 def test_suggested_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,14 +18,16 @@ from gptfast.device import DTYPES, format_bytes, free_memory, parse_device, pars
 from gptfast.families import FAMILIES
 from gptfast.hub import DEFAULT_MODEL, find_model
 from gptfast.loading import weight_bytes
-from gptfast.quantization import QuantPlan
+from gptfast.quantization import PLAIN, QuantPlan
+from gptfast.sharding import possible_sizes
 from gptfast.tokenizer import load_tokenizer
 
 # Lines that are only printed where there is something to say.
 OCCASIONAL = (
     "active_parameters experts window_layers latent_cache rope local_rope quantized kv_cache_dtype "
-    "suggested_sampling left_out"
+    "suggested_sampling left_out tensor_parallel_sizes"
 ).split()
+MOST_RANKS = 16  # that are looked at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +93,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     free = free_memory(device)
     tokenizer = load_tokenizer(folder)
     apart = ("model_type", "rope", "local_rope")
+    kept = checkpoint.formats if quant != PLAIN else {}
     return {
         "model": folder.name,
         "family": f"{config.model_type} ({FAMILIES[config.model_type].examples})",
@@ -117,6 +120,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "cache_bytes": cache,
         "needed_bytes": weights + cache,
         "free_bytes": free,
+        "tensor_parallel_sizes": possible_sizes(config, MOST_RANKS, formats=kept) or None,
         "fits": free is None or weights + cache <= free,
         "supported": True,
     }
@@ -154,6 +158,8 @@ def _latent_cache(config: ModelConfig) -> str | None:
 def _in_words(key: str, value: Any) -> str:
     if key == "facts":
         return _telling(ModelConfig, value)
+    if key == "tensor_parallel_sizes":
+        return ", ".join(map(str, value)) + " processes can share it"
     if key in ("rope", "local_rope"):
         return _telling(RopeConfig, value)
     if key == "suggested_sampling":
