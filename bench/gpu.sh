@@ -26,6 +26,8 @@
 #   python bench/speculation.py --target llama-3.1-8b --draft 160m --device cuda --compile
 # and because ranks that share a GPU start and compile for a minute:
 #   python -m pytest -q -m gpu tests/test_gpu.py -k rank -rPs
+# and, where there are several GPUs:
+#   python bench/parallel.py --shape llama-3.1-8b --ranks 1,2,4,8 --device cuda --compile
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUTDIR}
