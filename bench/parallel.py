@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(table(result)), flush=True)
     form = args.quant or result["dtype"]
     name = f"{datetime.now(UTC):%Y-%m-%d}-{device.type}-{result['model']}-{form}"
-    output = args.output or RESULTS / f"{name}-parallel.json"
+    output = args.out or RESULTS / f"{name}-parallel.json"
     output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     return 0
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         ("new-tokens", 64, "decoded behind the short prompt; default: %(default)s"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: in bench/results")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: in bench/results")
     parser.add_argument(
         "--work-dir",
         type=Path,

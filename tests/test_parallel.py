@@ -209,6 +209,24 @@ def test_features(features: dict[str, Any], name: str) -> None:
         assert found["outputs"] == plain
 
 
+def test_features_together(tmp_path: Path) -> None:
+    """Rows that speculate over a quantized target and 8-bit cache, compiled: the tokens of plain
+    decoding of the same on as many ranks.
+    """
+    how = {"quant": "int8", "kv_cache_dtype": "int8"}
+    draft = {"draft": "storyteller-draft", "draft_quant": "int8", "speculate_k": 3}
+    jobs = {
+        "plain": story(LONG, LONG, **how),
+        "draft": story(LONG, LONG, **how, **draft),
+        "compiled": story(LONG, LONG, **how, **draft, compile=True),
+        "coarser": story(LONG, LONG, **how, draft="int4", speculate_k=3, compile=True),
+    }
+    found = run(tmp_path, 2, jobs)
+    for name in ("draft", "compiled", "coarser"):
+        assert found[name]["outputs"] == found["plain"]["outputs"]
+        assert found[name]["accepted"] > 0
+
+
 def test_a_draft_with_fewer_ids(tmp_path: Path) -> None:
     """Whose likeliest token is found among its own ids alone."""
     bundled, draft = find_model("storyteller-draft"), tmp_path / "draft"
